@@ -1,0 +1,10 @@
+//! Quaver's runtime without a GPU: what a model and a backend say to each other ([`op`]), what each op computes
+//! ([`reference`](mod@reference)), checkpoints, Llama, KV pages, the scheduler, the sampler and the engine. It speaks of token ids;
+//! text belongs to the root package.
+
+pub mod bytes;
+pub mod e4m3;
+pub mod error;
+pub mod op;
+
+pub use error::{Error, Result};

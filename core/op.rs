@@ -1,0 +1,407 @@
+//! Every word that passes between a model and a backend: buffers, ops, programs, and the [`Backend`] trait.
+//!
+//! The transformer is a list. A model builds a [`Program`] once: a straight list of fused ops over numbered buffers.
+//! A backend records it once (chooses kernels, binds buffers, captures a graph) and runs it once a step. What changes
+//! from step to step (ids, positions, page tables, how many rows are in use) lies in small input buffers that the
+//! engine writes before the run. `program.rs` checks that a program's ops and buffers fit together;
+//! `reference/` says what each op computes.
+
+use crate::bytes::Bytes;
+use crate::error::Result;
+
+/// A buffer of ONE backend; its dtype and shape are in its [`BufDesc`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Buf(pub u32);
+
+/// The element types that buffers hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE binary32.
+    F32,
+    /// The upper half of an f32.
+    Bf16,
+    /// FP8 codes, see [`crate::e4m3`].
+    E4m3,
+    /// Ids, positions, pages, and words whose meaning an op defines.
+    U32,
+}
+
+impl DType {
+    /// Bytes an element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 | DType::U32 => 4,
+            DType::Bf16 => 2,
+            DType::E4m3 => 1,
+        }
+    }
+}
+
+/// How many rows a buffer has, and what its rows stand for. Scratch is allocated once, as large as the largest step
+/// needs, and shared by the programs of all sizes; an op over it covers as many rows as the program says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// One row a token of the step: a program touches its first [`Program::rows`] of these.
+    Rows(usize),
+    /// One row a token whose logits are wanted: a program touches its first [`Program::wanted`] of these.
+    Wanted(usize),
+    /// The same in every program: weights, tables, KV pages.
+    Fixed(usize),
+}
+
+impl Extent {
+    /// Rows that are allocated.
+    pub const fn capacity(self) -> usize {
+        match self {
+            Extent::Rows(n) | Extent::Wanted(n) | Extent::Fixed(n) => n,
+        }
+    }
+}
+
+/// Dtype and shape of a buffer: a row-major matrix `[rows, cols]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BufDesc {
+    /// What it is called in errors, dumps and reports: the tensor's name in the checkpoint where there is one.
+    pub name: String,
+    /// Its element type.
+    pub dtype: DType,
+    /// Its rows, and what they stand for.
+    pub rows: Extent,
+    /// Elements a row.
+    pub cols: usize,
+}
+
+impl BufDesc {
+    /// A description from its parts.
+    pub fn new(name: impl Into<String>, dtype: DType, rows: Extent, cols: usize) -> Self {
+        BufDesc { name: name.into(), dtype, rows, cols }
+    }
+
+    /// Bytes that the whole buffer takes.
+    pub const fn bytes(&self) -> usize {
+        self.rows.capacity() * self.cols * self.dtype.size()
+    }
+}
+
+/// Columns of a row-major buffer, from `first` on; how many is the op's to say. So q, k and v, or gate and up, are
+/// written side by side by one `Linear` or by several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cols {
+    /// The buffer.
+    pub buf: Buf,
+    /// Its first column.
+    pub first: usize,
+}
+
+/// A static quantization scale: real = code x `scale`. Quantizing multiplies by `inv`, the f32 reciprocal, computed
+/// here and nowhere else, so that every backend rounds alike.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StaticScale {
+    /// The DEquantization scale.
+    pub scale: f32,
+    /// `1 / scale` in f32.
+    pub inv: f32,
+}
+
+impl StaticScale {
+    /// The scale and its reciprocal.
+    pub fn new(scale: f32) -> Self {
+        StaticScale { scale, inv: 1.0 / scale }
+    }
+}
+
+/// The scale of FP8 activations.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scale {
+    /// One for the whole tensor, from calibration.
+    Static(StaticScale),
+    /// One a row, `[m, 1]` f32, written by the op that quantizes: amax / 448, the f32 epsilon where amax is 0.
+    PerToken(Buf),
+}
+
+/// Activations `[m, k]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Act {
+    /// f32 or bf16.
+    Real(Buf),
+    /// E4M3 codes and their scale.
+    Fp8 {
+        /// `[m, k]` E4M3.
+        codes: Buf,
+        /// The DEquantization scale.
+        scale: Scale,
+    },
+}
+
+/// A weight `[n, k]`, one row an output channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weight {
+    /// f32 or bf16.
+    Real(Buf),
+    /// E4M3 codes with a scale an output channel (a per-tensor scale is broadcast at load).
+    Fp8 {
+        /// `[n, k]` E4M3.
+        codes: Buf,
+        /// `[n, 1]` f32, DEquantization scales.
+        scale: Buf,
+    },
+}
+
+/// Who each row of a step is: ragged sequences, prefill and decode mixed. Rows of one sequence stand together, in the
+/// order of their positions, and appear both row by row and as spans: elementwise kernels want the former, attention
+/// tiles the latter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// `[m, 1]` u32: the row's sequence, as a row of `page_table`.
+    pub seq: Buf,
+    /// `[m, 1]` u32: the row's position in its sequence.
+    pub position: Buf,
+    /// `[sequences, pages]` u32: the page that holds positions `i * page_tokens ..` of a sequence.
+    pub page_table: Buf,
+    /// `[sequences, 4]` u32: (first row, rows, seq, first position) of each run of rows of one sequence.
+    pub spans: Buf,
+}
+
+/// Attention heads: `q` query heads share `kv` key-value heads, in groups of `q / kv`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub q: usize,
+    /// Key-value heads.
+    pub kv: usize,
+    /// Elements a head.
+    pub dim: usize,
+}
+
+/// The KV cache of one layer: pages of `page_tokens` positions.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Kv {
+    /// Keys after RoPE, `[page, kv_head, token, dim]` flattened to rows of `dim`; f32, bf16 or E4M3.
+    pub k: Buf,
+    /// Values, shaped as `k`.
+    pub v: Buf,
+    /// Tokens a page.
+    pub page_tokens: usize,
+    /// The scales of K and V where the cache is E4M3.
+    pub scales: Option<(StaticScale, StaticScale)>,
+}
+
+/// One fused operation. m is the number of rows of the step, w of those whose logits are wanted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Op {
+    /// `out[i] = table[ids[i]]`.
+    Embed {
+        /// `[m, 1]` u32.
+        ids: Buf,
+        /// `[vocab, d]` f32 or bf16.
+        table: Buf,
+        /// `[m, d]` f32: the residual stream.
+        out: Buf,
+    },
+    /// `out = x / sqrt(mean(x^2) + eps) * gamma`, then rounded or quantized as `out` says.
+    RmsNorm {
+        /// `[m, d]` f32.
+        x: Buf,
+        /// `[1, d]` f32.
+        gamma: Buf,
+        /// Added to the mean square.
+        eps: f32,
+        /// `[m, d]`.
+        out: Act,
+    },
+    /// Rounds or quantizes `x`: what every fused op that writes an [`Act`] must equal.
+    Quantize {
+        /// `[m, k]` f32.
+        x: Buf,
+        /// `[m, k]`.
+        out: Act,
+    },
+    /// `out[m, n] (+)= x[m, k] . w[n, k]^T`.
+    Linear {
+        /// `[m, k]`.
+        x: Act,
+        /// `[n, k]`.
+        w: Weight,
+        /// n columns of an f32 or bf16 buffer.
+        out: Cols,
+        /// Add to what `out` holds (f32 only): the residual.
+        add: bool,
+    },
+    /// Rotates q and k by their positions, appends k and v to their pages. Halves of a head are rotated against each
+    /// other: (x[i], x[i + dim/2]).
+    RopeAppend {
+        /// `[m, (q + 2 kv) dim]` f32 or bf16.
+        qkv: Buf,
+        /// `[positions, dim]` f32: dim/2 cosines, then dim/2 sines.
+        rope: Buf,
+        /// Who each row is.
+        rows: Rows,
+        /// Head counts.
+        heads: Heads,
+        /// `[m, q dim]`, of the dtype of `qkv`.
+        q: Buf,
+        /// The layer's cache.
+        kv: Kv,
+    },
+    /// Causal attention of every row over the positions of its sequence up to its own: softmax(q k^T / sqrt(dim)) v.
+    Attend {
+        /// `[m, q dim]` f32 or bf16.
+        q: Buf,
+        /// Who each row is.
+        rows: Rows,
+        /// Head counts.
+        heads: Heads,
+        /// The layer's cache.
+        kv: Kv,
+        /// `[m, q dim]`.
+        out: Act,
+    },
+    /// `out = silu(gate) * up`, silu(x) = x / (1 + exp(-x)).
+    SwiGlu {
+        /// `[m, 2 f]` f32 or bf16: gate, then up.
+        gate_up: Buf,
+        /// `[m, f]`.
+        out: Act,
+    },
+    /// `out[i] = x[wanted[i]]`; with `RmsNorm` and `Linear` behind it, the logits of the wanted rows.
+    Gather {
+        /// `[m, d]` f32.
+        x: Buf,
+        /// `[w, 1]` u32: rows of `x`.
+        wanted: Buf,
+        /// `[w, d]` f32.
+        out: Buf,
+    },
+    /// Chooses a token for each wanted row, or scores a given one; see [`crate::sampler`].
+    Sample {
+        /// `[w, vocab]` f32.
+        logits: Buf,
+        /// `[w, 16]` u32: [`crate::sampler::RowParams`].
+        params: Buf,
+        /// `[sequences, vocab]` u32: [`crate::sampler::Count`]s of the tokens of each sequence, for the penalties. The
+        /// op adds the token that it chose.
+        history: Buf,
+        /// `[w, 44]` u32: [`crate::sampler::Sampled`].
+        out: Buf,
+    },
+    /// Copies whole pages of one layer: the copy-on-write of a shared page.
+    CopyPages {
+        /// The layer's cache.
+        kv: Kv,
+        /// Rows of a page: kv heads x page tokens.
+        page_rows: usize,
+        /// `[n, 2]` u32: (source, destination) pages; equal ones are skipped, so (0, 0) pads.
+        pairs: Buf,
+    },
+    /// `out = max(out, max |x|)`: the observer of calibration.
+    AbsMax {
+        /// `[m, k]` f32.
+        x: Buf,
+        /// `[1, 1]` f32.
+        out: Buf,
+    },
+}
+
+impl Op {
+    /// The op's name, one of those that shaders, kernels, reference functions and parity cases bear.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Op::Embed { .. } => "embed",
+            Op::RmsNorm { .. } => "rms_norm",
+            Op::Quantize { .. } => "quantize",
+            Op::Linear { .. } => "linear",
+            Op::RopeAppend { .. } => "rope_append",
+            Op::Attend { .. } => "attend",
+            Op::SwiGlu { .. } => "swiglu",
+            Op::Gather { .. } => "gather",
+            Op::Sample { .. } => "sample",
+            Op::CopyPages { .. } => "copy_pages",
+            Op::AbsMax { .. } => "abs_max",
+        }
+    }
+}
+
+/// One line of a program: an op and what it is called in errors, profiles and bisections.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Line {
+    /// For instance `model.layers.3.self_attn.o_proj`.
+    pub label: String,
+    /// What it does.
+    pub op: Op,
+}
+
+/// A step of a model as a list. Sizes are upper bounds: the step's own are in `live`, and what lies beyond them is
+/// padding, whose contents are undefined and which no op needs to touch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Program {
+    /// Rows of the step, at most.
+    pub rows: usize,
+    /// Rows whose logits are wanted, at most; 0 where the program ends before the head.
+    pub wanted: usize,
+    /// `[1, 3]` u32: rows, wanted rows and spans that are in use this step.
+    pub live: Buf,
+    /// The ops, in order.
+    pub lines: Vec<Line>,
+}
+
+impl Program {
+    /// An empty program of a size.
+    pub fn new(rows: usize, wanted: usize, live: Buf) -> Self {
+        Program { rows, wanted, live, lines: Vec::new() }
+    }
+
+    /// Appends an op.
+    pub fn push(&mut self, label: impl Into<String>, op: Op) {
+        self.lines.push(Line { label: label.into(), op });
+    }
+}
+
+/// A recorded program of one backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Plan(pub u32);
+
+/// A run that was queued; later runs of the same backend have later steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Step(pub u64);
+
+/// What a backend runs on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// `reference`, `cpu`, `wgpu`, `cuda`.
+    pub backend: &'static str,
+    /// The device's own name.
+    pub name: String,
+    /// Driver and version; the instruction set on a CPU.
+    pub driver: String,
+    /// Bytes of memory that can be used, where it is known.
+    pub memory: Option<u64>,
+    /// True where FP8 products run on FP8 hardware, false where codes are decoded first.
+    pub native_fp8: bool,
+}
+
+/// A device that runs programs. Calls are in program order; only [`Backend::read`] waits.
+pub trait Backend: Send {
+    /// Name, driver, memory, native or emulated FP8.
+    fn describe(&self) -> DeviceInfo;
+
+    /// Err([`Unsupported`](crate::Error::Unsupported)) with the reason where this backend cannot run an op.
+    fn supports(&self, op: &Op) -> Result<()>;
+
+    /// A new buffer, zeroed.
+    fn alloc(&mut self, desc: &BufDesc) -> Result<Buf>;
+
+    /// A constant: `parts` hold consecutive rows. A host backend keeps the shared bytes instead of copying them.
+    fn load(&mut self, desc: &BufDesc, parts: &[Bytes]) -> Result<Buf>;
+
+    /// Overwrites bytes of a buffer that `alloc` made, from byte `offset` on, before the next run.
+    fn write(&mut self, dst: Buf, offset: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Prepares a program; fails here, naming the op and the reason, rather than at the first token.
+    fn record(&mut self, program: &Program) -> Result<Plan>;
+
+    /// Queues a run; does not wait.
+    fn run(&mut self, plan: Plan) -> Result<Step>;
+
+    /// Waits for `after`, then copies the bytes of a buffer from byte `offset` on.
+    fn read(&mut self, after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()>;
+}
