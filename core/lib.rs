@@ -1,10 +1,21 @@
 //! Quaver's runtime without a GPU: what a model and a backend say to each other ([`op`]), what each op computes
-//! ([`reference`](mod@reference)), checkpoints, Llama, KV pages, the scheduler, the sampler and the engine. It speaks of token ids;
-//! text belongs to the root package.
+//! ([`reference`](mod@reference)), checkpoints, Llama, KV pages, the scheduler, the sampler and the engine. It speaks
+//! of token ids; text belongs to the root package.
 
+pub mod batch;
 pub mod bytes;
+pub mod checkpoint;
 pub mod e4m3;
+pub mod engine;
 pub mod error;
+pub mod host;
+pub mod kv;
+pub mod llama;
 pub mod op;
+pub mod philox;
+mod program;
+pub mod reference;
+pub mod sampler;
+pub mod scheduler;
 
 pub use error::{Error, Result};

@@ -321,6 +321,61 @@ impl Op {
     }
 }
 
+impl Act {
+    /// Its buffers: the elements first.
+    pub fn bufs(&self) -> Vec<Buf> {
+        match *self {
+            Act::Real(buf) => vec![buf],
+            Act::Fp8 { codes, scale: Scale::Static(_) } => vec![codes],
+            Act::Fp8 { codes, scale: Scale::PerToken(scale) } => vec![codes, scale],
+        }
+    }
+}
+
+impl Weight {
+    /// Its buffers: the elements first.
+    pub fn bufs(&self) -> Vec<Buf> {
+        match *self {
+            Weight::Real(buf) => vec![buf],
+            Weight::Fp8 { codes, scale } => vec![codes, scale],
+        }
+    }
+}
+
+impl Op {
+    /// The buffers that the op reads and does not write.
+    pub fn reads(&self) -> Vec<Buf> {
+        match *self {
+            Op::Embed { ids, table, .. } => vec![ids, table],
+            Op::RmsNorm { x, gamma, .. } => vec![x, gamma],
+            Op::Quantize { x, .. } | Op::AbsMax { x, .. } => vec![x],
+            Op::Linear { x, w, .. } => [x.bufs(), w.bufs()].concat(),
+            Op::RopeAppend { qkv, rope, rows, .. } => vec![qkv, rope, rows.seq, rows.position, rows.page_table],
+            Op::Attend { q, rows, kv, .. } => {
+                vec![q, rows.seq, rows.position, rows.page_table, rows.spans, kv.k, kv.v]
+            }
+            Op::SwiGlu { gate_up, .. } => vec![gate_up],
+            Op::Gather { x, wanted, .. } => vec![x, wanted],
+            Op::Sample { logits, params, .. } => vec![logits, params],
+            Op::CopyPages { pairs, .. } => vec![pairs],
+        }
+    }
+
+    /// The buffers that the op writes, some of which it may read as well (a residual, a cache, a history).
+    pub fn writes(&self) -> Vec<Buf> {
+        match *self {
+            Op::Embed { out, .. } | Op::Gather { out, .. } | Op::AbsMax { out, .. } => vec![out],
+            Op::RmsNorm { out, .. } | Op::Quantize { out, .. } | Op::Attend { out, .. } | Op::SwiGlu { out, .. } => {
+                out.bufs()
+            }
+            Op::Linear { out, .. } => vec![out.buf],
+            Op::RopeAppend { q, kv, .. } => vec![q, kv.k, kv.v],
+            Op::Sample { history, out, .. } => vec![history, out],
+            Op::CopyPages { kv, .. } => vec![kv.k, kv.v],
+        }
+    }
+}
+
 /// One line of a program: an op and what it is called in errors, profiles and bisections.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Line {

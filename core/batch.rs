@@ -1,0 +1,71 @@
+//! One step's work in host memory, and how it reaches a model's input buffers. The engine's only way to feed a model.
+
+use bytemuck::cast_slice;
+
+use crate::error::{Error, Result};
+use crate::llama::Llama;
+use crate::op::Backend;
+use crate::sampler::RowParams;
+
+/// Rows of ragged sequences, and those of them whose logits are wanted.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    ids: Vec<u32>,
+    seq: Vec<u32>,
+    position: Vec<u32>,
+    spans: Vec<[u32; 4]>,
+    wanted: Vec<u32>,
+    params: Vec<RowParams>,
+}
+
+impl Batch {
+    /// Appends the tokens `ids` of sequence `seq`, which stand at `position` and behind; gives the row of the first.
+    pub fn push(&mut self, seq: u32, position: usize, ids: &[u32]) -> usize {
+        let first = self.ids.len();
+        self.spans.push([first as u32, ids.len() as u32, seq, position as u32]);
+        self.ids.extend(ids);
+        self.seq.extend(ids.iter().map(|_| seq));
+        self.position.extend((position..position + ids.len()).map(|p| p as u32));
+        first
+    }
+
+    /// Asks for the logits of a row, and says how to choose a token from them.
+    pub fn want(&mut self, row: usize, params: RowParams) {
+        self.wanted.push(row as u32);
+        self.params.push(params);
+    }
+
+    /// Rows of the step.
+    pub fn rows(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Rows whose logits are wanted.
+    pub fn wanted(&self) -> usize {
+        self.wanted.len()
+    }
+
+    /// Writes everything but the wanted rows.
+    pub fn write(&self, llama: &Llama, backend: &mut dyn Backend) -> Result<()> {
+        let (rows, sizes) = (llama.inputs.rows, &llama.sizes);
+        if let Some(&id) = self.ids.iter().find(|&&id| id as usize >= llama.config.vocab) {
+            return Err(Error::TokenOutOfRange { id, vocab: llama.config.vocab });
+        }
+        let context = sizes.pages_a_sequence() * sizes.page_tokens;
+        if let Some(&position) = self.position.iter().find(|&&p| p as usize >= context) {
+            return Err(Error::PromptTooLong { got: position as usize + 1, max: context });
+        }
+        backend.write(llama.inputs.ids, 0, cast_slice(&self.ids))?;
+        backend.write(rows.seq, 0, cast_slice(&self.seq))?;
+        backend.write(rows.position, 0, cast_slice(&self.position))?;
+        backend.write(rows.spans, 0, cast_slice(&self.spans))
+    }
+
+    /// Writes `count` of the wanted rows from `first` on, and how much of all buffers is in use.
+    pub fn write_wanted(&self, llama: &Llama, backend: &mut dyn Backend, first: usize, count: usize) -> Result<()> {
+        backend.write(llama.inputs.wanted, 0, cast_slice(&self.wanted[first..first + count]))?;
+        backend.write(llama.inputs.params, 0, cast_slice(&self.params[first..first + count]))?;
+        let live = [self.rows(), count, self.spans.len()].map(|n| n as u32);
+        backend.write(llama.inputs.live, 0, cast_slice(&live))
+    }
+}

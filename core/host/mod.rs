@@ -1,0 +1,320 @@
+//! A [`Backend`] in host memory, over any set of [`Kernels`]. It owns the buffers and unpacks each op into slices that
+//! are trimmed to the rows in use; what is computed is the kernels' affair. `reference` and `cpu` are its two users.
+
+mod memory;
+pub mod slices;
+
+use bytemuck::cast_slice_mut;
+
+use self::memory::Memory;
+use self::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
+use crate::bytes::Bytes;
+use crate::error::{Error, Result};
+use crate::op::{
+    Act, Backend, Buf, BufDesc, Cols, DeviceInfo, Heads, Op, Plan, Program, StaticScale, Step, Weight,
+};
+use crate::reference;
+use crate::sampler::{RowParams, Sampled};
+
+/// Who each row is: [`crate::op::Rows`] in host memory.
+#[derive(Clone, Copy)]
+pub struct RowsIn<'a> {
+    /// `[m]`: rows of `page_table`.
+    pub seq: &'a [u32],
+    /// `[m]`.
+    pub position: &'a [u32],
+    /// `[sequences, pages]`.
+    pub page_table: &'a [u32],
+    /// Pages a row of `page_table`.
+    pub pages: usize,
+    /// (first row, rows, seq, first position) of each run of rows of one sequence.
+    pub spans: &'a [[u32; 4]],
+}
+
+impl RowsIn<'_> {
+    /// The row of a KV buffer that holds `position` of sequence `seq` for key-value head `head`.
+    pub fn kv_row(&self, seq: u32, position: usize, heads: Heads, head: usize, page_tokens: usize) -> usize {
+        let page = self.page_table[seq as usize * self.pages + position / page_tokens] as usize;
+        (page * heads.kv + head) * page_tokens + position % page_tokens
+    }
+}
+
+/// One layer's cache, to read: [`crate::op::Kv`] in host memory.
+#[derive(Clone, Copy)]
+pub struct KvIn<'a> {
+    /// `[page, kv_head, token, dim]`.
+    pub k: Slice<'a>,
+    /// As `k`.
+    pub v: Slice<'a>,
+    /// Tokens a page.
+    pub page_tokens: usize,
+    /// DEquantization scales of k and v; 1 where the cache is not E4M3.
+    pub scales: (f32, f32),
+}
+
+/// One layer's cache, to write.
+pub struct KvOut<'a> {
+    /// `[page, kv_head, token, dim]`.
+    pub k: SliceMut<'a>,
+    /// As `k`.
+    pub v: SliceMut<'a>,
+    /// Tokens a page.
+    pub page_tokens: usize,
+    /// The scales of k and v where the cache is E4M3.
+    pub scales: Option<(StaticScale, StaticScale)>,
+}
+
+/// What each op computes, on slices in host memory; m and w are given by the slices' lengths. The defaults are the
+/// reference, so that a set of kernels states only what it does better.
+pub trait Kernels: Send {
+    /// What this runs on.
+    fn describe(&self) -> DeviceInfo;
+
+    /// [`Op::Embed`].
+    fn embed(&mut self, ids: &[u32], table: Slice, d: usize, out: &mut [f32]) {
+        reference::embed(ids, table, d, out);
+    }
+    /// [`Op::RmsNorm`].
+    fn rms_norm(&mut self, x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
+        reference::rms_norm(x, gamma, eps, out);
+    }
+    /// [`Op::Quantize`].
+    fn quantize(&mut self, x: &[f32], k: usize, out: ActOut) {
+        reference::quantize(x, k, out);
+    }
+    /// [`Op::Linear`]; `w` may be some of the rows of the whole weight.
+    fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
+        reference::linear(x, w, k, out, add);
+    }
+    /// [`Op::RopeAppend`].
+    fn rope_append(&mut self, qkv: Slice, rope: &[f32], rows: RowsIn, heads: Heads, q: SliceMut, kv: KvOut) {
+        reference::rope_append(qkv, rope, rows, heads, q, kv);
+    }
+    /// [`Op::Attend`].
+    fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {
+        reference::attend(q, rows, heads, kv, out);
+    }
+    /// [`Op::SwiGlu`].
+    fn swiglu(&mut self, gate_up: Slice, f: usize, out: ActOut) {
+        reference::swiglu(gate_up, f, out);
+    }
+    /// [`Op::Sample`]; `history` is `[sequences, vocab]`.
+    fn sample(&mut self, logits: &[f32], params: &[RowParams], history: &mut [u32], out: &mut [Sampled]) {
+        reference::sample(logits, params, history, out);
+    }
+}
+
+/// A host backend; see the module.
+pub struct HostBackend<K> {
+    kernels: K,
+    memory: Memory,
+    plans: Vec<Program>,
+    steps: u64,
+}
+
+/// How much of a program's sizes is in use this step.
+#[derive(Clone, Copy)]
+struct Live {
+    rows: usize,
+    wanted: usize,
+    spans: usize,
+}
+
+impl<K: Kernels> HostBackend<K> {
+    /// A backend without buffers.
+    pub fn new(kernels: K) -> Self {
+        HostBackend { kernels, memory: Memory::default(), plans: Vec::new(), steps: 0 }
+    }
+
+    fn fail(&self, why: String) -> Error {
+        Error::device(self.kernels.describe().backend, why)
+    }
+
+    fn live(&self, program: &Program) -> Result<Live> {
+        let words = self.memory.u32s(program.live);
+        let live = Live { rows: words[0] as usize, wanted: words[1] as usize, spans: words[2] as usize };
+        if live.rows > program.rows || live.wanted > program.wanted {
+            let (rows, wanted) = (program.rows, program.wanted);
+            return Err(self.fail(format!(
+                "a step of {} rows and {} wanted ones does not fit a program of {rows} and {wanted}",
+                live.rows, live.wanted
+            )));
+        }
+        Ok(live)
+    }
+
+    fn execute(&mut self, op: &Op, live: Live) {
+        let (kernels, memory) = (&mut self.kernels, &mut self.memory);
+        match *op {
+            Op::Embed { ids, table, out } => {
+                let d = memory.desc(out).cols;
+                memory.write_rows(out, live.rows, |memory, out| {
+                    kernels.embed(&memory.u32s(ids)[..live.rows], memory.slice(table), d, out.into_f32());
+                });
+            }
+            Op::RmsNorm { x, gamma, eps, out } => {
+                let (m, d) = (memory.live_rows(x, live), memory.desc(x).cols);
+                memory.write_act(out, m, |memory, out| {
+                    kernels.rms_norm(&memory.f32s(x)[..m * d], memory.f32s(gamma), eps, out);
+                });
+            }
+            Op::Quantize { x, out } => {
+                let (m, k) = (memory.live_rows(x, live), memory.desc(x).cols);
+                memory.write_act(out, m, |memory, out| kernels.quantize(&memory.f32s(x)[..m * k], k, out));
+            }
+            Op::Linear { x, w, out, add } => linear(kernels, memory, x, w, out, add, live),
+            Op::RopeAppend { qkv, rope, rows, heads, q, kv } => {
+                let dtype = memory.desc(kv.k).dtype;
+                let [mut k, mut v] = [kv.k, kv.v].map(|buf| memory.take(buf));
+                let cache = KvOut {
+                    k: SliceMut::new(dtype, cast_slice_mut(&mut k)),
+                    v: SliceMut::new(dtype, cast_slice_mut(&mut v)),
+                    page_tokens: kv.page_tokens,
+                    scales: kv.scales,
+                };
+                memory.write_rows(q, live.rows, |memory, q| {
+                    let (qkv, rows) = (memory.rows(qkv, live.rows), memory.rows_in(rows, live));
+                    kernels.rope_append(qkv, memory.f32s(rope), rows, heads, q, cache);
+                });
+                memory.put(kv.k, k);
+                memory.put(kv.v, v);
+            }
+            Op::Attend { q, rows, heads, kv, out } => memory.write_act(out, live.rows, |memory, out| {
+                kernels.attend(memory.rows(q, live.rows), memory.rows_in(rows, live), heads, memory.kv_in(kv), out);
+            }),
+            Op::SwiGlu { gate_up, out } => {
+                let (m, f) = (memory.live_rows(gate_up, live), memory.desc(gate_up).cols / 2);
+                memory.write_act(out, m, |memory, out| kernels.swiglu(memory.rows(gate_up, m), f, out));
+            }
+            Op::Gather { x, wanted, out } => {
+                let d = memory.desc(x).cols;
+                memory.write_rows(out, live.wanted, |memory, out| {
+                    let (x, wanted) = (memory.f32s(x), &memory.u32s(wanted)[..live.wanted]);
+                    for (row, &from) in out.into_f32().chunks_exact_mut(d).zip(wanted) {
+                        row.copy_from_slice(&x[from as usize * d..][..d]);
+                    }
+                });
+            }
+            Op::Sample { logits, params, history, out } => {
+                let mut counts = memory.take(history);
+                memory.write_words(out, |memory, out| {
+                    let logits = memory.rows(logits, live.wanted);
+                    let Slice::F32(logits) = logits else { unreachable!("checked by record") };
+                    let params = &bytemuck::cast_slice(memory.u32s(params))[..live.wanted];
+                    kernels.sample(logits, params, &mut counts, &mut cast_slice_mut(out)[..live.wanted]);
+                });
+                memory.put(history, counts);
+            }
+            Op::CopyPages { kv, page_rows, pairs } => {
+                for buf in [kv.k, kv.v] {
+                    let page = page_rows * memory.desc(buf).cols * memory.desc(buf).dtype.size();
+                    let mut cache = memory.take(buf);
+                    reference::copy_pages(cast_slice_mut(&mut cache), page, memory.u32s(pairs));
+                    memory.put(buf, cache);
+                }
+            }
+            Op::AbsMax { x, out } => {
+                let n = memory.live_rows(x, live) * memory.desc(x).cols;
+                memory.write_rows(out, 1, |memory, out| reference::abs_max(&memory.f32s(x)[..n], out.into_f32()));
+            }
+        }
+    }
+}
+
+/// A weight is read part by part, so that tensors which the checkpoint keeps apart need not be copied together.
+fn linear(kernels: &mut impl Kernels, memory: &mut Memory, x: Act, w: Weight, out: Cols, add: bool, live: Live) {
+    let (m, stride) = (memory.live_rows(out.buf, live), memory.desc(out.buf).cols);
+    let (data, scale) = match w {
+        Weight::Real(data) => (data, None),
+        Weight::Fp8 { codes, scale } => (codes, Some(scale)),
+    };
+    let (dtype, k) = (memory.desc(data).dtype, memory.desc(data).cols);
+    memory.write_rows(out.buf, m, |memory, mut y| {
+        let x = memory.act(x, m);
+        let mut row = 0;
+        for part in memory.parts(data) {
+            let data = Slice::new(dtype, part);
+            let n = data.len() / k;
+            let scale = scale.map(|scale| &memory.f32s(scale)[row..row + n]);
+            let y = ColsOut { data: y.range(0, m * stride), stride, first: out.first + row, n };
+            kernels.linear(x, WeightIn { data, scale }, k, y, add);
+            row += n;
+        }
+    });
+}
+
+impl<K: Kernels> Backend for HostBackend<K> {
+    fn describe(&self) -> DeviceInfo {
+        self.kernels.describe()
+    }
+
+    fn supports(&self, _op: &Op) -> Result<()> {
+        Ok(())
+    }
+
+    fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
+        Ok(self.memory.alloc(desc))
+    }
+
+    fn load(&mut self, desc: &BufDesc, parts: &[Bytes]) -> Result<Buf> {
+        let (got, row) = (parts.iter().map(|part| part.len()).sum::<usize>(), desc.cols * desc.dtype.size());
+        if got != desc.bytes() || parts.is_empty() || parts.iter().any(|part| part.len() % row != 0) {
+            let (name, need) = (&desc.name, desc.bytes());
+            return Err(self.fail(format!("{name} takes {need} bytes in whole rows, {got} were given")));
+        }
+        Ok(self.memory.share(desc, parts))
+    }
+
+    fn write(&mut self, dst: Buf, offset: usize, bytes: &[u8]) -> Result<()> {
+        let range = offset..offset + bytes.len();
+        match self.memory.bytes_mut(dst).and_then(|buffer| buffer.get_mut(range.clone())) {
+            Some(buffer) => buffer.copy_from_slice(bytes),
+            None => return Err(self.fail(format!("bytes {range:?} of buffer {} cannot be written", dst.0))),
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, program: &Program) -> Result<Plan> {
+        program.check(|buf| self.memory.find(buf))?;
+        for (i, line) in program.lines.iter().enumerate() {
+            let fail = |buf, what| {
+                let why = format!("{} is {what}", self.memory.desc(buf).name);
+                Err(Error::Program { line: i, op: line.label.clone(), why })
+            };
+            let weight = match line.op {
+                Op::Linear { w: Weight::Real(data) | Weight::Fp8 { codes: data, .. }, .. } => Some(data),
+                _ => None,
+            };
+            let reads = line.op.reads();
+            if let Some(&buf) = reads.iter().find(|&&buf| Some(buf) != weight && self.memory.is_split(buf)) {
+                return fail(buf, "in several parts, which only the weight of a linear may be");
+            }
+            if let Some(&buf) = line.op.writes().iter().find(|&&buf| self.memory.is_constant(buf)) {
+                return fail(buf, "a constant");
+            }
+        }
+        self.plans.push(program.clone());
+        Ok(Plan(self.plans.len() as u32 - 1))
+    }
+
+    fn run(&mut self, plan: Plan) -> Result<Step> {
+        let Some(program) = self.plans.get_mut(plan.0 as usize) else {
+            return Err(self.fail(format!("there is no plan {}", plan.0)));
+        };
+        let program = std::mem::replace(program, Program::new(0, 0, program.live));
+        let result = self.live(&program).map(|live| program.lines.iter().for_each(|line| self.execute(&line.op, live)));
+        self.plans[plan.0 as usize] = program;
+        self.steps += 1;
+        result.map(|()| Step(self.steps))
+    }
+
+    fn read(&mut self, _after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
+        let range = offset..offset + into.len();
+        let bytes = self.memory.find(src).map(|_| self.memory.bytes(src)).and_then(|bytes| bytes.get(range.clone()));
+        match bytes {
+            Some(bytes) => into.copy_from_slice(bytes),
+            None => return Err(self.fail(format!("bytes {range:?} of buffer {} cannot be read", src.0))),
+        }
+        Ok(())
+    }
+}
