@@ -5,6 +5,9 @@
 pub mod bytes;
 pub mod e4m3;
 pub mod error;
+pub mod kv;
 pub mod op;
+pub mod philox;
+pub mod sampler;
 
 pub use error::{Error, Result};
