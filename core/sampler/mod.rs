@@ -81,9 +81,8 @@ impl Sampler {
             }
         }
         if let Some(logit) = logits.get(sampled.token as usize).filter(|l| l.is_finite()) {
-            let key = order::key(*logit, sampled.token);
             sampled.logprob = softmax.logprob(*logit);
-            sampled.rank = 1 + order::finite(logits).filter(|&(id, value)| order::key(value, id) < key).count() as u32;
+            sampled.rank = rank(logits, sampled.token, *logit);
         }
         sampled
     }
@@ -131,7 +130,21 @@ fn penalize(logit: f32, count: Count, params: &RowParams) -> f32 {
 
 /// The largest finite value; -inf where there is none.
 fn largest(values: &[f32]) -> f32 {
-    order::finite(values).fold(f32::NEG_INFINITY, |max, (_, value)| max.max(value))
+    let larger = |max: f32, value: f32| if value > max && value < f32::INFINITY { value } else { max };
+    // Eight maxima side by side: one alone waits for each of its comparisons.
+    let (eights, rest) = values.as_chunks::<8>();
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    for eight in eights {
+        lanes = std::array::from_fn(|lane| larger(lanes[lane], eight[lane]));
+    }
+    lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, larger)
+}
+
+/// The place of a finite logit in the order of its row, from 1.
+fn rank(logits: &[f32], token: u32, logit: f32) -> u32 {
+    let above = logits.iter().filter(|l| **l > logit && **l < f32::INFINITY).count();
+    let tied = logits[..token as usize].iter().filter(|l| **l == logit).count();
+    (1 + above + tied) as u32
 }
 
 /// What turns the logits of a row into log-probabilities.
