@@ -93,4 +93,22 @@ mod tests {
     fn zeros_of_both_signs_tie() {
         assert!(key(-0.0, 1) < key(0.0, 2) && key(0.0, 1) < key(-0.0, 2));
     }
+
+    /// These weights and their sums are exact, so that the boundary is too.
+    #[test]
+    fn top_p_ends_with_the_token_that_reaches_it_and_not_before() {
+        let kept = |weights: &[f32], top_p: f32| {
+            let mut keys: Vec<Key> = (0..).zip(weights).map(|(id, &w)| key(w, id)).collect();
+            keep_top_p(&mut keys, top_p, |weight| weight);
+            keys.into_iter().map(id).collect::<Vec<_>>()
+        };
+        let weights = [0.125, 0.5, 0.125, 0.25];
+        assert_eq!(kept(&weights, 0.5), [1]);
+        assert_eq!(kept(&weights, 0.5f32.next_up()), [1, 3]);
+        assert_eq!(kept(&weights, 0.75), [1, 3]);
+        assert_eq!(kept(&weights, 0.875), [1, 3, 0]);
+        assert_eq!(kept(&weights, 0.875f32.next_up()), [1, 3, 0, 2]);
+        assert_eq!(kept(&[1.0; 1024], 0.5), (0..512).collect::<Vec<_>>(), "over several chunks");
+        assert_eq!(kept(&[1.0; 1024], 0.5f32.next_up()).len(), 513);
+    }
 }

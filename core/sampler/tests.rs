@@ -102,6 +102,7 @@ fn min_p_is_relative_to_the_likeliest() {
     let logits = [0.0, 0.5f32.ln(), 0.1f32.ln(), 0.01f32.ln()];
     let kept = |min_p| drawn(&logits, &params(|p| p.min_p = min_p), 3000).iter().filter(|&&count| count > 0).count();
     assert_eq!([0.0, 0.05, 0.2, 0.6, 1.0].map(kept), [4, 3, 2, 1, 1]);
+    assert_eq!([0.5, 0.5f32.next_up()].map(kept), [2, 1], "a token on the boundary stays");
 }
 
 #[test]
