@@ -228,7 +228,7 @@ pub enum Op {
         add: bool,
     },
     /// Rotates q and k by their positions, appends k and v to their pages. Halves of a head are rotated against each
-    /// other: (x[i], x[i + dim/2]).
+    /// other: `(x[i], x[i + dim/2])`.
     RopeAppend {
         /// `[m, (q + 2 kv) dim]` f32 or bf16.
         qkv: Buf,
