@@ -1,1 +1,87 @@
-//! Devices.
+//! The devices that run Quaver's programs, and the choice among them.
+
+pub mod cpu;
+
+use std::fmt;
+
+use quaver_core::op::{Backend, DeviceInfo};
+use quaver_core::reference::Reference;
+use quaver_core::{Error, Result};
+
+/// A backend by its name on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// The best that this machine offers.
+    #[default]
+    Auto,
+    /// All cores.
+    Cpu,
+    /// The specification: slow, and right by definition.
+    Reference,
+}
+
+impl Kind {
+    /// All of them, in the order of their names' importance to a user.
+    pub const ALL: [Kind; 3] = [Kind::Auto, Kind::Cpu, Kind::Reference];
+
+    /// The name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Auto => "auto",
+            Kind::Cpu => "cpu",
+            Kind::Reference => "reference",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Which device to open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Spec {
+    /// The backend.
+    pub kind: Kind,
+    /// Its number among the devices of that backend, as [`devices`] counts them.
+    pub device: usize,
+    /// Threads of the cpu backend; None for one a core.
+    pub threads: Option<usize>,
+}
+
+/// Opens a device. What was chosen, and why, is one line in the log.
+pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
+    let count = devices().iter().filter(|device| spec.kind == Kind::Auto || device.kind == spec.kind).count();
+    if spec.device >= count.max(1) {
+        let why = format!("there is no device {}; this machine has {count} (see `quaver devices`)", spec.device);
+        return Err(Error::device(spec.kind.name(), why));
+    }
+    let backend: Box<dyn Backend> = match spec.kind {
+        Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads)?),
+        Kind::Reference => Box::new(Reference::open()),
+    };
+    let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();
+    log::info!("backend {name}: {device} ({driver}), asked for {}", spec.kind);
+    Ok(backend)
+}
+
+/// A device of this machine, or why there is none of its kind.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// The backend that opens it.
+    pub kind: Kind,
+    /// Its number among the devices of that backend.
+    pub index: usize,
+    /// What it is.
+    pub info: DeviceInfo,
+}
+
+/// Every device that [`open`] can open, the one that `auto` takes first.
+pub fn devices() -> Vec<Device> {
+    vec![
+        Device { kind: Kind::Cpu, index: 0, info: cpu::describe(cpu::default_threads()) },
+        Device { kind: Kind::Reference, index: 0, info: Reference::open().describe() },
+    ]
+}

@@ -298,7 +298,7 @@ impl Engine {
             }
             let mut end = None;
             if let Some((_, sampled)) = results.next_if(|(want, _)| matches!(want, Want::Choose(id) if *id == share.id)) {
-                if sampled.token == NO_TOKEN {
+                if sampled.token == NO_TOKEN || sampled.bad_logits > 0 {
                     let why = "the logits are not finite: the checkpoint is damaged, or the device is";
                     end = Some(Output::Failed(Error::device(self.backend.describe().backend, why)));
                 } else {

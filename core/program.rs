@@ -53,7 +53,7 @@ impl<'a, D: Fn(Buf) -> Option<&'a BufDesc>> Check<'_, D> {
             Op::Embed { ids, table, out } => {
                 self.step(ids, "ids", U32, 1, Axis::Rows)?;
                 let d = self.step_any(out, "out", F32, Axis::Rows)?.cols;
-                self.fixed(table, "table", REAL, d)
+                self.fixed(table, "table", REAL, d).map(drop)
             }
             Op::RmsNorm { x, gamma, eps, out } => {
                 let (axis, d) = self.activation(x, "x", F32)?;
@@ -121,9 +121,9 @@ impl<'a, D: Fn(Buf) -> Option<&'a BufDesc>> Check<'_, D> {
             }
             Op::Sample { logits, params, history, out } => {
                 let vocab = self.step_any(logits, "logits", F32, Axis::Wanted)?.cols;
-                self.step(params, "params", U32, RowParams::WORDS, Axis::Wanted)?;
+                self.step(params, "params", U32, size_of::<RowParams>() / 4, Axis::Wanted)?;
                 self.fixed(history, "history", U32, vocab)?;
-                self.step(out, "out", U32, Sampled::WORDS, Axis::Wanted)
+                self.step(out, "out", U32, size_of::<Sampled>() / 4, Axis::Wanted)
             }
             Op::CopyPages { kv, page_rows, pairs } => {
                 let k = self.desc(kv.k, "k", &[DType::F32, DType::Bf16, DType::E4m3])?;
@@ -131,7 +131,7 @@ impl<'a, D: Fn(Buf) -> Option<&'a BufDesc>> Check<'_, D> {
                 if page_rows == 0 || k.rows != v.rows || k.rows.capacity() % page_rows != 0 {
                     return Err(format!("pages of {page_rows} rows do not divide the cache"));
                 }
-                self.fixed(pairs, "pairs", U32, 2)
+                self.fixed(pairs, "pairs", U32, 2).map(drop)
             }
             Op::AbsMax { x, out } => {
                 self.activation(x, "x", F32)?;

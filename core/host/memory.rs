@@ -174,7 +174,9 @@ impl Memory {
     /// Runs `f` with the first `rows` rows of activations, to write.
     pub fn write_act(&mut self, act: Act, rows: usize, f: impl FnOnce(&Memory, ActOut)) {
         match act {
-            Act::Real(buf) => self.write_rows(buf, rows, |memory, data| f(memory, ActOut { data, scale: ScaleOut::None })),
+            Act::Real(buf) => {
+                self.write_rows(buf, rows, |memory, data| f(memory, ActOut { data, scale: ScaleOut::None }))
+            }
             Act::Fp8 { codes, scale: Scale::Static(s) } => {
                 self.write_rows(codes, rows, |memory, data| f(memory, ActOut { data, scale: ScaleOut::Static(s.inv) }));
             }

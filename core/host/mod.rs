@@ -10,9 +10,7 @@ use self::memory::Memory;
 use self::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
-use crate::op::{
-    Act, Backend, Buf, BufDesc, Cols, DeviceInfo, Heads, Op, Plan, Program, StaticScale, Step, Weight,
-};
+use crate::op::{Act, Backend, Buf, BufDesc, Cols, DeviceInfo, Heads, Op, Plan, Program, StaticScale, Step, Weight};
 use crate::reference;
 use crate::sampler::{RowParams, Sampled};
 

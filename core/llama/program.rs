@@ -123,7 +123,7 @@ impl Llama {
         let outputs = Outputs {
             residual: builder.rows("residual", DType::F32, config.hidden)?,
             logits: builder.wanted("logits", DType::F32, config.vocab)?,
-            sampled: builder.wanted("sampled", DType::U32, Sampled::WORDS)?,
+            sampled: builder.wanted("sampled", DType::U32, size_of::<Sampled>() / 4)?,
         };
         let name = "model.embed_tokens.weight";
         let table = load_matrix(checkpoint, builder.backend, name, config.vocab, config.hidden)?;
@@ -205,7 +205,7 @@ impl Builder<'_> {
                 spans: self.scratch("spans", DType::U32, sequences, 4)?,
             },
             wanted: self.wanted("wanted", DType::U32, 1)?,
-            params: self.wanted("params", DType::U32, RowParams::WORDS)?,
+            params: self.wanted("params", DType::U32, size_of::<RowParams>() / 4)?,
             history: self.scratch("history", DType::U32, sequences, config.vocab)?,
             live: self.scratch("live", DType::U32, Extent::Fixed(1), 3)?,
         })
