@@ -3,8 +3,10 @@
 //! text belongs to the root package.
 
 pub mod bytes;
+pub mod checkpoint;
 pub mod e4m3;
 pub mod error;
+pub mod llama;
 pub mod op;
 
 pub use error::{Error, Result};
