@@ -5,7 +5,6 @@ use crate::bytes::Bytes;
 use crate::e4m3;
 use crate::error::{Error, Result};
 
-use super::json::clipped;
 use super::quantization::{Activations, WeightStrategy};
 use super::{Checkpoint, Tensor, TensorDType};
 
@@ -121,10 +120,7 @@ impl Checkpoint {
     fn scale(&self, module: &str, which: &str) -> Result<f32> {
         let tensor = self.tensor(&format!("{module}.{which}"))?;
         if !matches!(tensor.shape[..], [] | [1] | [1, 1]) {
-            let why = format!(
-                "has shape {}, quantization_config calls for one scale",
-                clipped(&format!("{:?}", tensor.shape))
-            );
+            let why = format!("has shape {}, quantization_config calls for one scale", tensor.shape_text());
             return Err(Error::tensor(&tensor.name, why));
         }
         let scales = scales(tensor)?;
@@ -135,10 +131,7 @@ impl Checkpoint {
     fn channel_scales(&self, module: &str, n: usize) -> Result<Vec<f32>> {
         let tensor = self.tensor(&format!("{module}.weight_scale"))?;
         if tensor.shape != [n, 1] && tensor.shape != [n] {
-            let why = format!(
-                "has shape {}, quantization_config calls for [{n}, 1]",
-                clipped(&format!("{:?}", tensor.shape))
-            );
+            let why = format!("has shape {}, quantization_config calls for [{n}, 1]", tensor.shape_text());
             return Err(Error::tensor(&tensor.name, why));
         }
         scales(tensor)

@@ -26,8 +26,8 @@ pub struct QuantizationConfig {
     /// Static scales of keys and values, where the checkpoint brings them.
     pub kv_cache: Option<KvCacheScheme>,
     ignore: Vec<Target>,
-    /// In the order in which compressed-tensors tries them.
-    targets: Vec<(Target, LinearScheme)>,
+    /// Those of a group that quantizes nothing have no scheme.
+    targets: Vec<(Target, Option<LinearScheme>)>,
 }
 
 /// The quantization of one linear layer: E4M3 weights, and activations as said.
@@ -73,22 +73,20 @@ impl QuantizationConfig {
             Deserialize::deserialize(value).map_err(|e: serde_json::Error| damaged(clipped(&e.to_string())))?;
         raw.check_container()?;
         let mut schemes = BTreeMap::new();
-        for (name, group) in &raw.config_groups {
+        for (name, group) in raw.config_groups.iter().flatten() {
             let group: RawGroup = Deserialize::deserialize(group).map_err(|e: serde_json::Error| {
                 damaged(format!("config group {}: {}", clipped(name), clipped(&e.to_string())))
             })?;
             group.check_format(raw.format.as_deref())?;
-            if let Some(scheme) = group.scheme(&clipped(name))? {
-                // A target that two groups name is the later one's, as in the dictionary that compressed-tensors makes.
-                schemes.extend(group.targets.into_iter().map(|target| (target, scheme)));
-            }
+            let scheme = group.scheme(&clipped(name))?;
+            // A target that two groups name is the later one's, as in the dictionary that compressed-tensors makes.
+            schemes.extend(group.targets.into_iter().flatten().map(|target| (target, scheme)));
         }
         let ignore = raw.ignore.unwrap_or_default();
         let patterns = schemes.keys().chain(&ignore).filter(|target| target.starts_with("re:")).count();
         if schemes.len() + ignore.len() > MAX_TARGETS || patterns > MAX_PATTERNS {
             return Err(damaged(format!("more than {MAX_TARGETS} targets, or {MAX_PATTERNS} patterns")));
         }
-        // Sorted by text already; the order of the kinds of match is `scheme`'s to keep.
         let targets = schemes.into_iter().map(|(text, scheme)| Ok((Target::new(&text)?, scheme)));
         Ok(QuantizationConfig {
             kv_cache: raw.kv_cache_scheme.map(|arguments| arguments.kv_cache()).transpose()?,
@@ -105,7 +103,7 @@ impl QuantizationConfig {
             return None;
         }
         let met = self.targets.iter().filter_map(|(target, scheme)| Some((target.meets(module)?, target, scheme)));
-        met.min_by_key(|(kind, target, _)| (*kind, target.text())).map(|(_, _, scheme)| *scheme)
+        met.min_by_key(|(kind, target, _)| (*kind, target.text())).and_then(|(_, _, scheme)| *scheme)
     }
 }
 
@@ -115,8 +113,7 @@ struct Raw {
     quant_method: Option<String>,
     format: Option<String>,
     quantization_status: Option<String>,
-    #[serde(default)]
-    config_groups: Map<String, Value>,
+    config_groups: Option<Map<String, Value>>,
     ignore: Option<Vec<String>>,
     kv_cache_scheme: Option<RawArguments>,
     sparsity_config: Option<Map<String, Value>>,
@@ -126,8 +123,7 @@ struct Raw {
 /// A config group as it is written.
 #[derive(Deserialize)]
 struct RawGroup {
-    #[serde(default)]
-    targets: Vec<String>,
+    targets: Option<Vec<String>>,
     format: Option<String>,
     weights: Option<RawArguments>,
     input_activations: Option<RawArguments>,
@@ -154,7 +150,7 @@ impl Raw {
         match self.quant_method.as_deref() {
             Some("compressed-tensors") => {}
             Some(other) => return refuse(format!("quant_method {}", clipped(other)), "compressed-tensors is"),
-            None if self.config_groups.is_empty() => {
+            None if self.config_groups.is_none() => {
                 return refuse("quantization_config without quant_method", "compressed-tensors is");
             }
             None => {}

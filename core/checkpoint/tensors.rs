@@ -98,13 +98,17 @@ impl Tensor {
         self.data.as_chunks::<N>().0.iter().map(|bytes| value(*bytes)).collect()
     }
 
+    /// The shape as an error message quotes it: a header may claim any number of dimensions.
+    pub(super) fn shape_text(&self) -> String {
+        clipped(&format!("{:?}", self.shape))
+    }
+
     /// An error unless the shape is `shape`, which the config calls for.
     pub fn expect_shape(&self, shape: &[usize]) -> Result<()> {
         if self.shape == shape {
             return Ok(());
         }
-        let found = clipped(&format!("{:?}", self.shape));
-        let why = format!("has shape {found}, config.json calls for {shape:?}; take both from one model");
+        let why = format!("has shape {}, config.json calls for {shape:?}; take both from one model", self.shape_text());
         Err(Error::tensor(&self.name, why))
     }
 }

@@ -61,6 +61,7 @@ fn every_accepted_value_is_accepted() {
         json!({"sparsity_config": {"format": "dense"}}),
         json!({"transform_config": {"config_groups": {}}}),
         json!({"ignore": null}),
+        json!({"config_groups": null}),
         json!({"something": {"new": 1}}),
     ] {
         assert!(read(merged(fp8("channel", "static"), changes.clone())).is_ok(), "{changes}");
@@ -205,7 +206,8 @@ fn a_name_goes_before_a_pattern_and_a_pattern_before_a_class() {
         json!({"config_groups": {
             "group_0": group("tensor", "static", json!(["Linear"])),
             "group_1": group("channel", "dynamic", json!(["re:.*_proj", down])),
-            "group_2": group("channel", "none", json!(["re:.*down_proj", "re:.*mlp.*", down]))
+            "group_2": group("channel", "none", json!(["re:.*down_proj", "re:.*mlp.*", down])),
+            "group_3": {"targets": ["lm"], "weights": null}
         }}),
     ))
     .unwrap();
@@ -220,6 +222,7 @@ fn a_name_goes_before_a_pattern_and_a_pattern_before_a_class() {
     ] {
         assert_eq!(got.scheme(module), Some(LinearScheme { weights, activations }), "{module}");
     }
+    assert_eq!(got.scheme("lm"), None);
 }
 
 #[test]
