@@ -125,7 +125,7 @@ impl Engine {
         let pages = Pages::new(sizes.pages, PAGE_TOKENS);
         let mut engine = Engine {
             scheduler: Scheduler::new(sizes.sequences, pages, sizes.rows),
-            eos: checkpoint.generation.eos.clone(),
+            eos: checkpoint.generation().eos.clone(),
             requests: HashMap::new(),
             plans: HashMap::new(),
             next_id: 0,
@@ -199,7 +199,8 @@ impl Engine {
         let mut batch = Batch::default();
         let mut wants = Vec::new();
         for share in &shares {
-            let (Some(sequence), Some(request)) = (self.scheduler.get_mut(share.id), self.requests.get(&share.id)) else {
+            let (Some(sequence), Some(request)) = (self.scheduler.get_mut(share.id), self.requests.get(&share.id))
+            else {
                 continue;
             };
             let slot = sequence.slot.unwrap_or_default();
@@ -241,7 +242,7 @@ impl Engine {
     /// Runs a batch, the head as often as the wanted rows need it.
     fn run(&mut self, batch: &Batch) -> Result<Vec<Sampled>> {
         batch.write(&self.llama, &mut *self.backend)?;
-        let mut sampled: Vec<Sampled> = bytemuck::zeroed_vec(batch.wanted());
+        let mut sampled = vec![Sampled::NONE; batch.wanted()];
         let (mut first, mut rows) = (0, batch.rows());
         loop {
             let count = (batch.wanted() - first).min(self.llama.sizes.wanted);
@@ -285,19 +286,23 @@ impl Engine {
         let mut results = wants.iter().zip(sampled).peekable();
         let mut outputs = Vec::new();
         for share in shares {
-            let (Some(sequence), Some(request)) = (self.scheduler.get_mut(share.id), self.requests.get(&share.id)) else {
+            let (Some(sequence), Some(request)) = (self.scheduler.get_mut(share.id), self.requests.get(&share.id))
+            else {
                 continue;
             };
             sequence.computed += share.rows;
             let mut scores = Vec::new();
-            while let Some((_, sampled)) = results.next_if(|(want, _)| matches!(want, Want::Score(id) if *id == share.id)) {
+            while let Some((_, sampled)) =
+                results.next_if(|(want, _)| matches!(want, Want::Score(id) if *id == share.id))
+            {
                 scores.push(Token::from(sampled));
             }
             if !scores.is_empty() {
                 outputs.push((share.id, Output::Prompt(scores)));
             }
             let mut end = None;
-            if let Some((_, sampled)) = results.next_if(|(want, _)| matches!(want, Want::Choose(id) if *id == share.id)) {
+            if let Some((_, sampled)) = results.next_if(|(want, _)| matches!(want, Want::Choose(id) if *id == share.id))
+            {
                 if sampled.token == NO_TOKEN || sampled.bad_logits > 0 {
                     let why = "the logits are not finite: the checkpoint is damaged, or the device is";
                     end = Some(Output::Failed(Error::device(self.backend.describe().backend, why)));
@@ -326,7 +331,7 @@ impl Engine {
 
 /// Buffer sizes for a checkpoint.
 fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
-    let config = &checkpoint.config;
+    let config = checkpoint.config();
     let context = options.max_model_len.unwrap_or(config.max_positions);
     if context == 0 || context > config.max_positions {
         return Err(Error::Sampling {
@@ -335,7 +340,8 @@ fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
             allowed: "at least 1 and at most the model's max_position_embeddings",
         });
     }
-    let (sequences, rows) = (options.max_num_seqs.max(1), options.max_num_batched_tokens.max(options.max_num_seqs).max(1));
+    let (sequences, rows) =
+        (options.max_num_seqs.max(1), options.max_num_batched_tokens.max(options.max_num_seqs).max(1));
     let fp8 = options.kv_cache == KvCache::Fp8 || checkpoint.kv_scales(0)?.is_some();
     let dtype = if fp8 { DType::E4m3 } else { options.profile.dtype() };
     let page_bytes = 2 * config.layers * config.heads.kv * config.heads.dim * dtype.size() * PAGE_TOKENS;

@@ -2,11 +2,15 @@
 //! ([`reference`](mod@reference)), checkpoints, Llama, KV pages, the scheduler, the sampler and the engine. It speaks
 //! of token ids; text belongs to the root package.
 
+pub mod batch;
 pub mod bytes;
+pub mod checkpoint;
 pub mod e4m3;
+pub mod engine;
 pub mod error;
 pub mod host;
 pub mod kv;
+pub mod llama;
 pub mod op;
 pub mod philox;
 mod program;

@@ -117,7 +117,7 @@ impl Llama {
         kv_cache: KvCache,
         sizes: Sizes,
     ) -> Result<Self> {
-        let config = checkpoint.config.clone();
+        let config = checkpoint.config().clone();
         let mut builder = Builder { checkpoint, backend, profile, sizes, scratch: Vec::new() };
         let inputs = builder.inputs(&config)?;
         let outputs = Outputs {
@@ -318,13 +318,27 @@ impl Builder<'_> {
         Ok(lines)
     }
 
+    /// False where the head is the embedding. A tied head that the file holds all the same is the file's where it
+    /// differs, as loaders that read every tensor would have it.
+    fn has_own_head(&self, config: &LlamaConfig) -> bool {
+        let (head, embed) = ("lm_head.weight", "model.embed_tokens.weight");
+        match (self.checkpoint.find(head), self.checkpoint.find(embed)) {
+            _ if !config.tied_head => true,
+            (Some(head), Some(embed)) if head.data[..] != embed.data[..] => {
+                log::warn!("the head is tied, but lm_head.weight differs from the embedding: using lm_head.weight");
+                true
+            }
+            _ => false,
+        }
+    }
+
     fn head(&mut self, config: &LlamaConfig, inputs: &Inputs, outputs: &Outputs, table: Buf) -> Result<Vec<Line>> {
         let (d, rows) = (config.hidden, Extent::Wanted(self.sizes.wanted));
         let x = self.wanted("gathered", DType::F32, d)?;
         let op = Op::Gather { x: outputs.residual, wanted: inputs.wanted, out: x };
         let mut lines = vec![Line { label: "wanted".into(), op }];
         let gamma = load_vector(self.checkpoint, self.backend, "model.norm.weight", d)?;
-        let sinks = if self.checkpoint.has_own_head()? {
+        let sinks = if self.has_own_head(config) {
             load_projections(self.checkpoint, self.backend, &[("lm_head".into(), config.vocab)], d, "")?
         } else {
             vec![Projection { label: "lm_head".into(), weight: Weight::Real(table), input: Input::Real, first: 0 }]

@@ -121,14 +121,14 @@ pub fn load_projections(
 /// A vector of the checkpoint, `[1, n]` in f32: norms.
 pub fn load_vector(checkpoint: &Checkpoint, backend: &mut dyn Backend, name: &str, n: usize) -> Result<Buf> {
     let tensor = checkpoint.tensor(name)?;
-    expect_shape(tensor, &[n])?;
+    tensor.expect_shape(&[n])?;
     load_f32(backend, name, 1, n, &tensor.to_f32()?)
 }
 
 /// A matrix of the checkpoint as it is stored: the embedding.
 pub fn load_matrix(checkpoint: &Checkpoint, backend: &mut dyn Backend, name: &str, n: usize, k: usize) -> Result<Buf> {
     let tensor = checkpoint.tensor(name)?;
-    expect_shape(tensor, &[n, k])?;
+    tensor.expect_shape(&[n, k])?;
     let (dtype, bytes) = real_bytes(tensor)?;
     backend.load(&BufDesc::new(name, dtype, Extent::Fixed(n), k), &[bytes])
 }
@@ -147,11 +147,4 @@ fn real_bytes(tensor: &Tensor) -> Result<(DType, Bytes)> {
         TensorDType::F16 => Ok((DType::F32, Bytes::from(cast_slice::<f32, u8>(&tensor.to_f32()?).to_vec()))),
         _ => Err(Error::tensor(&tensor.name, "holds no real numbers: bf16, f16 or f32 is expected")),
     }
-}
-
-fn expect_shape(tensor: &Tensor, shape: &[usize]) -> Result<()> {
-    if tensor.shape == shape {
-        return Ok(());
-    }
-    Err(Error::tensor(&tensor.name, format!("has shape {:?}, config.json makes it {shape:?}", tensor.shape)))
 }
