@@ -1,0 +1,294 @@
+//! Quaver against Hugging Face: what one small model's five checkpoints compute, layer by layer and end to end, on every
+//! backend. The bounds are those that two independent f32 programs keep between each other.
+
+mod support;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use quaver_backends::Kind;
+use quaver_core::checkpoint::{Checkpoint, InputScale, LinearWeight};
+use quaver_core::engine::{Engine, EngineOptions, Output};
+use quaver_core::llama::Profile;
+use quaver_core::op::{Act, BufDesc, Cols, DType, Extent, Op, Program, Scale, StaticScale, Weight};
+use quaver_core::sampler::SamplingParams;
+use support::checkpoints::{self, MODELS};
+use support::goldens::{self, Tensors, relative_rms, rms};
+use support::runner::Runner;
+use support::ties;
+
+/// rms(error) / rms(value) of a layer or a linear, from the golden before it.
+const LAYER: f64 = 1e-5;
+/// rms of the difference of last-position logits: FP8 ties flip, and the flips cascade.
+const LOGITS: f64 = 0.25;
+/// The same without FP8.
+const LOGITS_BF16: f64 = 1e-4;
+/// A lead of the best logit that no flip has been seen to turn.
+const CLEAR_GAP: f32 = 0.2;
+/// Relative difference of perplexity.
+const PERPLEXITY: f64 = 1e-3;
+/// The same for the fast profile.
+const PERPLEXITY_FAST: f64 = 3e-3;
+/// Mean KL divergence of the fast profile from the exact one, in nats a token.
+const KL_FAST: f64 = 1e-3;
+
+fn main() {
+    let args = Arguments::from_args();
+    let mut trials = Vec::new();
+    for kind in [Kind::Cpu, Kind::Reference] {
+        for model in MODELS {
+            let mut add = |name: &str, test: fn(Kind, &str) -> Result<(), Failed>| {
+                trials.push(Trial::test(format!("{kind}::{model}::{name}"), move || test(kind, model)));
+            };
+            add("layers", layers);
+            add("linears", linears);
+            add("logits", logits);
+            add("teacher_forced", teacher_forced);
+            add("perplexity", perplexity);
+            add("fast_profile", fast_profile);
+            if model != "tiny-llama" {
+                add("control_weight_only_fails", control_weight_only_fails);
+                add("control_bf16_checkpoint_fails", control_bf16_checkpoint_fails);
+            }
+        }
+    }
+    libtest_mimic::run(&args, trials).exit();
+}
+
+fn ensure(ok: bool, message: String) -> Result<(), Failed> {
+    if ok { Ok(()) } else { Err(message.into()) }
+}
+
+/// Each layer from the golden h{i} to h{i+1}.
+fn layers(kind: Kind, model: &str) -> Result<(), Failed> {
+    let hidden = Tensors::open("hidden.safetensors");
+    let mut runner = Runner::new(&checkpoints::open(model), kind, Profile::Exact, 128);
+    let (mut flips, mut worst) = (0, 0f64);
+    for (prompt, ids) in hidden_prompts() {
+        let mut input = hidden.f32(&format!("{prompt}/h0"));
+        for layer in 0..runner.llama.config.layers {
+            let want = hidden.f32(&format!("{model}/{prompt}/h{}", layer + 1));
+            let (error, ties) = ties::settle(&mut runner, layer, &ids, &input, &want, LAYER);
+            ensure(error <= LAYER, format!("{prompt}, layer {layer}: {error:.1e} with {} ties settled", ties.len()))?;
+            flips += ties.len();
+            worst = worst.max(error);
+            input = want;
+        }
+    }
+    eprintln!("{kind} {model}: layers within {worst:.1e}, {flips} FP8 ties rounded the other way");
+    ensure(model != "tiny-llama" || flips == 0, "a model without FP8 has no ties".into())
+}
+
+fn hidden_prompts() -> impl Iterator<Item = (String, Vec<u32>)> {
+    let names = ["chat_short", "raw_short", "raw_stress"];
+    goldens::prompts().into_iter().filter(move |p| names.contains(&p.name.as_str())).map(|p| (p.name, p.ids))
+}
+
+/// Each projection of layer 0 from its golden input.
+fn linears(kind: Kind, model: &str) -> Result<(), Failed> {
+    for (name, error) in linear_errors(kind, model, &checkpoints::open(model)) {
+        ensure(error <= LAYER, format!("{name}: {error:.1e}"))?;
+    }
+    Ok(())
+}
+
+/// The errors of layer 0's projections against the goldens of `model`, with the weights of any checkpoint.
+fn linear_errors(kind: Kind, model: &str, checkpoint: &Checkpoint) -> Vec<(String, f64)> {
+    let hidden = Tensors::open("hidden.safetensors");
+    let config = checkpoint.config();
+    let (d, f) = (config.hidden, config.intermediate);
+    let (q, kv) = (config.heads.q * config.heads.dim, config.heads.kv * config.heads.dim);
+    // (projection, the one whose golden input it shares, n, k)
+    let projections = [
+        ("self_attn.q_proj", "self_attn.q_proj", q, d),
+        ("self_attn.k_proj", "self_attn.q_proj", kv, d),
+        ("self_attn.v_proj", "self_attn.q_proj", kv, d),
+        ("self_attn.o_proj", "self_attn.o_proj", d, q),
+        ("mlp.gate_proj", "mlp.gate_proj", f, d),
+        ("mlp.up_proj", "mlp.gate_proj", f, d),
+        ("mlp.down_proj", "mlp.down_proj", d, f),
+    ];
+    let errors = projections.map(|(name, source, n, k)| {
+        let golden = |name: &str, end: &str| hidden.f32(&format!("{model}/chat_short/layer0.{name}.{end}"));
+        let got = linear(kind, checkpoint, &format!("model.layers.0.{name}"), n, k, &golden(source, "in"));
+        (name.to_owned(), relative_rms(&got, &golden(name, "out")))
+    });
+    errors.to_vec()
+}
+
+/// A projection of a checkpoint as a program of two ops.
+fn linear(kind: Kind, checkpoint: &Checkpoint, module: &str, n: usize, k: usize, input: &[f32]) -> Vec<f32> {
+    let mut runner = Runner::new(checkpoint, kind, Profile::Exact, input.len() / k);
+    let m = input.len() / k;
+    let weights = checkpoint.linear(module, n, k).unwrap();
+    let mut alloc = |name: &str, dtype, rows, cols| runner.backend.alloc(&BufDesc::new(name, dtype, rows, cols)).unwrap();
+    let rows = Extent::Rows(m);
+    let (x, out) = (alloc("x", DType::F32, rows, k), alloc("out", DType::F32, rows, n));
+    let (codes, scales) = (alloc("codes", DType::E4m3, rows, k), alloc("scales", DType::F32, rows, 1));
+    let act = match weights.input {
+        InputScale::None => Act::Real(x),
+        InputScale::Static(scale) => Act::Fp8 { codes, scale: Scale::Static(StaticScale::new(scale)) },
+        InputScale::Dynamic => Act::Fp8 { codes, scale: Scale::PerToken(scales) },
+    };
+    let mut load = |dtype, cols, bytes| {
+        runner.backend.load(&BufDesc::new("w", dtype, Extent::Fixed(n), cols), &[bytes]).unwrap()
+    };
+    let w = match weights.weight {
+        LinearWeight::Real(tensor) => Weight::Real(load(DType::Bf16, k, tensor.data)),
+        LinearWeight::Fp8 { codes, scale } => Weight::Fp8 {
+            codes: load(DType::E4m3, k, codes),
+            scale: load(DType::F32, 1, bytemuck::cast_slice::<f32, u8>(&scale).to_vec().into()),
+        },
+    };
+    runner.write_f32(x, input);
+    runner.write(&vec![0; m], 0);
+    let mut program = Program::new(m, 0, runner.llama.inputs.live);
+    if act != Act::Real(x) {
+        program.push("quantize", Op::Quantize { x, out: act });
+    }
+    program.push(module, Op::Linear { x: act, w, out: Cols { buf: out, first: 0 }, add: false });
+    runner.run(&program, out, m * n)
+}
+
+/// Last-position logits of every prompt.
+fn logits(kind: Kind, model: &str) -> Result<(), Failed> {
+    let goldens = Tensors::open("logits.safetensors");
+    let mut runner = Runner::new(&checkpoints::open(model), kind, Profile::Exact, 2048);
+    let bound = if model == "tiny-llama" { LOGITS_BF16 } else { LOGITS };
+    for prompt in goldens::prompts() {
+        let got = runner.logits(&prompt.ids, 1);
+        let error = rms(&got, &goldens.f32(&format!("{model}/emu_f32/{}", prompt.name)));
+        ensure(error <= bound, format!("{}: rms {error:.2e}", prompt.name))?;
+    }
+    Ok(())
+}
+
+/// The most probable token behind every token of the golden continuations, computed by the engine.
+fn teacher_forced(kind: Kind, model: &str) -> Result<(), Failed> {
+    let goldens = goldens::goldens();
+    let mut engine = engine(&checkpoints::open(model), kind, Profile::Exact);
+    let (mut steps, mut clear) = (0, 0);
+    // The other program's continuations differ in few steps: the slow backend is spared them.
+    let programs = if kind == Kind::Reference { &["hf_f32"][..] } else { &["hf_f32", "emu_f32"] };
+    for program in programs {
+        for prompt in goldens::prompts() {
+            let golden = &goldens[model][*program].prompts[&prompt.name];
+            let ids = [&prompt.ids[..], &golden.ids].concat();
+            let scores = score(&mut engine, &ids, 1);
+            let best = scores[prompt.ids.len() - 1..].iter().map(|score| score.top[0].0);
+            for (step, ((best, golden_id), gap)) in best.zip(&golden.ids).zip(&golden.gap).enumerate() {
+                let verdict = *gap >= CLEAR_GAP;
+                ensure(
+                    !verdict || best == *golden_id,
+                    format!("{program} {} step {step}: {best}, not {golden_id}, at a gap of {gap}", prompt.name),
+                )?;
+                (steps, clear) = (steps + 1, clear + usize::from(verdict));
+            }
+        }
+    }
+    ensure(clear * 10 > steps * 8, format!("only {clear} of {steps} steps allow a verdict"))
+}
+
+fn engine(checkpoint: &Checkpoint, kind: Kind, profile: Profile) -> Engine {
+    let spec = quaver_backends::Spec { kind, ..Default::default() };
+    let options = EngineOptions { profile, ..EngineOptions::default() };
+    Engine::new(checkpoint, quaver_backends::open(&spec).unwrap(), &options).unwrap()
+}
+
+/// The scores of all tokens but the first, with `top_n` alternatives.
+fn score(engine: &mut Engine, ids: &[u32], top_n: usize) -> Vec<quaver_core::engine::Token> {
+    let params = SamplingParams { max_tokens: 0, prompt_logprobs: Some(top_n), ..SamplingParams::default() };
+    engine.submit(ids, params).unwrap();
+    let mut scores = Vec::new();
+    while !engine.is_idle() {
+        for (_, output) in engine.step().unwrap() {
+            if let Output::Prompt(more) = output {
+                scores.extend(more);
+            }
+        }
+    }
+    assert_eq!(scores.len(), ids.len() - 1);
+    scores
+}
+
+/// Perplexity of the held-out text.
+fn perplexity(kind: Kind, model: &str) -> Result<(), Failed> {
+    within_perplexity(kind, model, Profile::Exact, PERPLEXITY)
+}
+
+fn within_perplexity(kind: Kind, model: &str, profile: Profile, bound: f64) -> Result<(), Failed> {
+    let mut engine = engine(&checkpoints::open(model), kind, profile);
+    let (mut nll, mut tokens) = (0.0, 0);
+    for window in goldens::windows() {
+        let scores = score(&mut engine, &window, 0);
+        nll -= scores.iter().map(|score| f64::from(score.logprob)).sum::<f64>();
+        tokens += scores.len();
+    }
+    let (got, want) = ((nll / tokens as f64).exp(), goldens::goldens()[model]["hf_f32"].ppl);
+    let error = (got / want - 1.0).abs();
+    eprintln!("{kind} {model} {profile:?}: perplexity {got:.4}, Hugging Face {want:.4}, off by {:.3}%", 100.0 * error);
+    ensure(tokens == 8960 && error <= bound, format!("perplexity {got} of {tokens} tokens, golden {want}"))
+}
+
+/// The fast profile against Hugging Face's perplexity, and its distributions against the exact profile's.
+fn fast_profile(kind: Kind, model: &str) -> Result<(), Failed> {
+    within_perplexity(kind, model, Profile::Fast, PERPLEXITY_FAST)?;
+    let checkpoint = checkpoints::open(model);
+    let [mut exact, mut fast] = [Profile::Exact, Profile::Fast].map(|profile| Runner::new(&checkpoint, kind, profile, 257));
+    let vocab = checkpoint.config().vocab;
+    let (mut kl, mut rows) = (0.0, 0);
+    for window in goldens::windows().iter().take(4) {
+        let [exact, fast] = [&mut exact, &mut fast].map(|runner| runner.logits(window, window.len()));
+        kl += exact.chunks_exact(vocab).zip(fast.chunks_exact(vocab)).map(|(p, q)| divergence(p, q)).sum::<f64>();
+        rows += window.len();
+    }
+    let kl = kl / rows as f64;
+    eprintln!("{kind} {model}: KL of fast from exact {kl:.1e} nats a token");
+    ensure(kl <= KL_FAST, format!("KL {kl:.2e}"))
+}
+
+/// The KL divergence of softmax(q) from softmax(p).
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let log_sum = |x: &[f32]| {
+        let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        f64::from(max) + x.iter().map(|x| f64::from(x - max).exp()).sum::<f64>().ln()
+    };
+    let (p_sum, q_sum) = (log_sum(p), log_sum(q));
+    let terms = p.iter().zip(q).map(|(&p, &q)| {
+        let (p, q) = (f64::from(p) - p_sum, f64::from(q) - q_sum);
+        p.exp() * (p - q)
+    });
+    terms.sum()
+}
+
+/// Weights alone in FP8 are not this checkpoint's arithmetic, and the tests see it.
+fn control_weight_only_fails(kind: Kind, model: &str) -> Result<(), Failed> {
+    let checkpoint = checkpoints::open_with_config(model, &format!("{model}-weight-only"), |config| {
+        config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = serde_json::Value::Null;
+    });
+    control_fails(kind, model, &checkpoint)
+}
+
+/// Neither is the unquantized model.
+fn control_bf16_checkpoint_fails(kind: Kind, model: &str) -> Result<(), Failed> {
+    control_fails(kind, model, &checkpoints::open("tiny-llama"))
+}
+
+/// Every linear and every layer is far outside the bound, ties settled or not.
+fn control_fails(kind: Kind, model: &str, checkpoint: &Checkpoint) -> Result<(), Failed> {
+    for (name, error) in linear_errors(kind, model, checkpoint) {
+        ensure(error > 100.0 * LAYER, format!("{name} passes the control: {error:.1e}"))?;
+    }
+    let hidden = Tensors::open("hidden.safetensors");
+    let mut runner = Runner::new(checkpoint, kind, Profile::Exact, 128);
+    for (prompt, ids) in hidden_prompts() {
+        for layer in 0..runner.llama.config.layers {
+            let input = match layer {
+                0 => hidden.f32(&format!("{prompt}/h0")),
+                _ => hidden.f32(&format!("{model}/{prompt}/h{layer}")),
+            };
+            let want = hidden.f32(&format!("{model}/{prompt}/h{}", layer + 1));
+            let error = relative_rms(&runner.layer(layer, &ids, &input), &want);
+            ensure(error > 10.0 * LAYER, format!("{prompt}, layer {layer} passes the control: {error:.1e}"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,7 @@
+//! What the integration tests share: the fixture checkpoints, Hugging Face's goldens, and a model to run them on.
+#![allow(dead_code, reason = "every test file uses its own part")]
+
+pub mod checkpoints;
+pub mod goldens;
+pub mod runner;
+pub mod ties;
