@@ -56,7 +56,8 @@ pub fn folder(model: &str) -> PathBuf {
                 let digests = fs::read(fixtures().join("digests.json")).unwrap();
                 let digests: BTreeMap<String, String> = serde_json::from_slice(&digests).unwrap();
                 assert_eq!(digest, digests[model], "{model} differs from llm-compressor's");
-                let views = tensors.iter().map(|(name, t)| (name, TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
+                let views =
+                    tensors.iter().map(|(name, t)| (name, TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
                 fs::write(to.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
                 fs::copy(fixtures().join(format!("configs/{model}.json")), to.join("config.json")).unwrap();
                 fs::copy(demo().join("generation_config.json"), to.join("generation_config.json")).unwrap();
@@ -137,8 +138,7 @@ fn make(model: &str) -> (BTreeMap<String, Owned>, String) {
 /// llm-compressor's arithmetic for a per-tensor weight, in bf16: the scale is amax / 448, and the quotient is rounded
 /// to bf16 before it is rounded to E4M3.
 fn quantize_per_tensor(weight: &Owned) -> (Owned, Owned) {
-    let values: Vec<f32> =
-        weight.data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+    let values: Vec<f32> = weight.data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
     let amax = values.iter().fold(0f32, |amax, w| amax.max(w.abs()));
     let scale = bf16::from_f32(amax / e4m3::MAX);
     let code = |w: &f32| e4m3::encode(bf16::from_f32(w / scale.to_f32()).to_f32() + 0.0);

@@ -5,7 +5,7 @@ use quaver_backends::{Kind, Spec};
 use quaver_core::batch::Batch;
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::llama::{KvCache, Llama, Profile, Sizes};
-use quaver_core::op::{Backend, Buf, Program};
+use quaver_core::op::{Backend, Buf, Heads, Program};
 use quaver_core::sampler::RowParams;
 
 pub struct Runner {
@@ -61,6 +61,12 @@ impl Runner {
         self.write_f32(self.llama.outputs.residual, residual);
         let program = self.llama.layer_program(layer, ids.len());
         self.run(&program, self.llama.outputs.residual, residual.len())
+    }
+
+    /// The position that a row of a KV buffer belongs to, pages being handed out in reverse.
+    pub fn position_of(sizes: &Sizes, heads: Heads, kv_row: usize) -> usize {
+        let (page, token) = (kv_row / (heads.kv * PAGE_TOKENS), kv_row % PAGE_TOKENS);
+        (sizes.pages - 1 - page) * PAGE_TOKENS + token
     }
 
     pub fn write_f32(&mut self, to: Buf, values: &[f32]) {

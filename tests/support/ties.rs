@@ -13,34 +13,63 @@ use super::runner::Runner;
 /// programs differ by up to about that much behind attention and two linears.
 const NEAR: f32 = 4e-6;
 
+/// What a position adds to that for rotated keys: Hugging Face takes the angle, which grows with the position, in f32.
+const ANGLE: f32 = f32::EPSILON;
+
 /// A code that may as well be its neighbour.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tie {
+    /// The token whose activation it is.
+    row: usize,
     line: usize,
     buf: Buf,
     index: usize,
     other: u8,
 }
 
-/// The layer's error against `want`, and the ties that had to be rounded the other way to bring it down there.
-pub fn settle(runner: &mut Runner, layer: usize, ids: &[u32], input: &[f32], want: &[f32], bound: f64) -> (f64, Vec<Tie>) {
+/// The layer's error against `want`, and the ties that had to be rounded the other way to bring every row within
+/// `bound`. Attention is causal: rows are settled in order, each by ties of its own or of rows before it.
+pub fn settle(
+    runner: &mut Runner,
+    layer: usize,
+    ids: &[u32],
+    input: &[f32],
+    want: &[f32],
+    bound: f64,
+) -> (f64, Vec<Tie>) {
+    let width = input.len() / ids.len();
+    let row_error = |got: &[f32], row: usize| {
+        let range = row * width..(row + 1) * width;
+        relative_rms(&got[range.clone()], &want[range])
+    };
     let mut flipped: Vec<Tie> = Vec::new();
-    let (got, mut candidates) = run(runner, layer, ids, input, &flipped);
-    let mut error = relative_rms(&got, want);
-    let mut tried: Vec<Tie> = Vec::new();
-    while error > bound {
-        let Some(tie) = candidates.iter().find(|tie| !tried.contains(tie)).copied() else { break };
-        tried.push(tie);
-        flipped.push(tie);
-        let (got, behind) = run(runner, layer, ids, input, &flipped);
-        let with = relative_rms(&got, want);
-        if with < error {
-            (error, candidates) = (with, behind);
-        } else {
-            flipped.pop();
+    let (mut got, mut ties) = run(runner, layer, ids, input, &flipped);
+    while let Some(row) = (0..ids.len()).find(|&row| row_error(&got, row) > bound) {
+        let error = row_error(&got, row);
+        let mut best: Option<(f64, Vec<Tie>, Vec<f32>, Vec<Tie>)> = None;
+        // The last line first: a flip there changes nothing but its own code, where an earlier one may tip later ties.
+        // Rows before this one last: they were right without it.
+        let mut candidates: Vec<Tie> = ties.iter().filter(|t| t.row <= row && !flipped.contains(t)).copied().collect();
+        candidates.sort_by_key(|tie| (tie.row != row, std::cmp::Reverse(tie.line)));
+        for tie in candidates {
+            let with = [&flipped[..], &[tie]].concat();
+            let (got, ties) = run(runner, layer, ids, input, &with);
+            let error = row_error(&got, row);
+            if best.as_ref().is_none_or(|(least, ..)| error < *least) {
+                best = Some((error, with, got, ties));
+            }
+            if error <= bound {
+                break;
+            }
+        }
+        match best {
+            Some((least, with, with_got, with_ties)) if least < 0.95 * error => {
+                (flipped, got, ties) = (with, with_got, with_ties);
+            }
+            _ => break,
         }
     }
-    (error, flipped)
+    (relative_rms(&got, want), flipped)
 }
 
 /// Runs a layer line by line with some codes overwritten; gives its output and the ties along the way.
@@ -52,7 +81,7 @@ fn run(runner: &mut Runner, layer: usize, ids: &[u32], input: &[f32], flipped: &
     for (i, line) in program.lines.iter().enumerate() {
         let found = ties_of(runner, &program, i, ids.len());
         step(runner, &program, line.op);
-        let found = found.into_iter().map(|(buf, index, other)| Tie { line: i, buf, index, other });
+        let found = found.into_iter().map(|(row, buf, index, other)| Tie { row, line: i, buf, index, other });
         ties.extend(found);
         for tie in flipped.iter().filter(|tie| tie.line == i) {
             runner.backend.write(tie.buf, tie.index, &[tie.other]).unwrap();
@@ -69,8 +98,8 @@ fn step(runner: &mut Runner, program: &Program, op: Op) -> Step {
     runner.backend.run(plan).unwrap()
 }
 
-/// The ties among the codes that a line is about to write: (buffer, element, other code).
-fn ties_of(runner: &mut Runner, program: &Program, line: usize, rows: usize) -> Vec<(Buf, usize, u8)> {
+/// The ties among the codes that a line is about to write: (row, buffer, element, other code).
+fn ties_of(runner: &mut Runner, program: &Program, line: usize, rows: usize) -> Vec<(usize, Buf, usize, u8)> {
     let heads = runner.llama.config.heads;
     match program.lines[line].op {
         Op::RmsNorm { x, gamma, eps, out } => {
@@ -89,6 +118,7 @@ fn ties_of(runner: &mut Runner, program: &Program, line: usize, rows: usize) -> 
             let Some((k_scale, v_scale)) = kv.scales else { return Vec::new() };
             let sizes = runner.llama.sizes;
             let n = sizes.pages * heads.kv * sizes.page_tokens;
+            let row_of = |i: usize| Runner::position_of(&sizes, heads, i / heads.dim);
             let desc = BufDesc::new("real cache", DType::F32, Extent::Fixed(n), heads.dim);
             let [k, v] = [0, 1].map(|_| runner.backend.alloc(&desc).unwrap());
             let real = Kv { k, v, scales: None, ..kv };
@@ -96,7 +126,9 @@ fn ties_of(runner: &mut Runner, program: &Program, line: usize, rows: usize) -> 
             let mut ties = Vec::new();
             for (real, codes, scale) in [(k, kv.k, k_scale), (v, kv.v, v_scale)] {
                 let values = read(runner, step, real, n * heads.dim);
-                ties.extend(near_ties(&values, heads.dim, |_| scale.inv).map(|(i, other)| (codes, i, other)));
+                let near = near_ties(&values, heads.dim, |i| (scale.inv, NEAR + ANGLE * row_of(i * heads.dim) as f32));
+                let near = near.map(|(i, other)| (row_of(i), codes, i, other));
+                ties.extend(near.filter(|(row, ..)| *row < rows));
             }
             ties
         }
@@ -111,7 +143,7 @@ fn ties_of_act(
     width: usize,
     out: Act,
     op: impl Fn(Act) -> Op,
-) -> Vec<(Buf, usize, u8)> {
+) -> Vec<(usize, Buf, usize, u8)> {
     let Act::Fp8 { codes, scale } = out else { return Vec::new() };
     let desc = BufDesc::new("real", DType::F32, Extent::Rows(rows), width);
     let real = runner.backend.alloc(&desc).unwrap();
@@ -122,7 +154,7 @@ fn ties_of_act(
         Scale::Static(s) => vec![s.inv; rows],
         Scale::PerToken(buf) => read(runner, step, buf, rows).into_iter().map(|scale| 1.0 / scale).collect(),
     };
-    near_ties(&values, width, |row| invs[row]).map(|(i, other)| (codes, i, other)).collect()
+    near_ties(&values, width, |row| (invs[row], NEAR)).map(|(i, other)| (i / width, codes, i, other)).collect()
 }
 
 fn read(runner: &mut Runner, step: Step, buf: Buf, n: usize) -> Vec<f32> {
@@ -132,12 +164,16 @@ fn read(runner: &mut Runner, step: Step, buf: Buf, n: usize) -> Vec<f32> {
 }
 
 /// The elements that lie near a tie, with the code on its other side.
-fn near_ties(values: &[f32], width: usize, inv: impl Fn(usize) -> f32) -> impl Iterator<Item = (usize, u8)> {
+fn near_ties(
+    values: &[f32],
+    width: usize,
+    inv_and_near: impl Fn(usize) -> (f32, f32),
+) -> impl Iterator<Item = (usize, u8)> {
     values.chunks_exact(width).enumerate().flat_map(move |(row, x)| {
-        let inv = inv(row);
+        let (inv, near) = inv_and_near(row);
         let rms = (x.iter().map(|x| x * x).sum::<f32>() / width as f32).sqrt();
         let ties = x.iter().enumerate().filter_map(move |(i, &x)| {
-            let near = NEAR * (x.abs() + rms) * inv;
+            let near = near * (x.abs() + rms) * inv;
             let code = e4m3::encode(x * inv);
             let other = [x * inv - near, x * inv + near].map(e4m3::encode).into_iter().find(|other| *other != code);
             other.map(|other| (row * width + i, other))
