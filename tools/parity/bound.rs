@@ -136,6 +136,9 @@ fn bytes(evidence: &Evidence) -> Verdict {
         let (i, (g, w)) = pairs().enumerate().find(|(_, pair)| differ(pair)).expect("counted");
         format!("{count} elements differ, the first at row {} column {}: {g:02x?}, not {w:02x?}", i / width, i % width)
     });
+    if verdict.passed() {
+        verdict.detail = format!("{} elements are equal", want.len() / size);
+    }
     verdict
 }
 
@@ -161,7 +164,7 @@ fn close(truth: &Truth, evidence: &Evidence) -> Verdict {
             let error = if distance <= stored { 0.0 } else { distance - stored };
             errors += error * error;
             magnitudes += magnitude * magnitude;
-            largest = largest.max(error / (magnitude + TINY));
+            largest = largest.max((error - TINY) / (magnitude + TINY));
             verdict.note(error, limit.element * magnitude + TINY, || {
                 format!("row {row} column {column} is {got:e}, not {value:e} (magnitude {magnitude:e})")
             });
@@ -251,6 +254,9 @@ fn sampled(evidence: &Evidence) -> Verdict {
                 format!("row {row}: log-probability {got}, not {want}")
             });
         }
+    }
+    if verdict.passed() {
+        verdict.detail = format!("{} rows chose alike", evidence.want.len() / record);
     }
     verdict
 }

@@ -69,15 +69,6 @@ impl Builder {
         Builder { buffers, rows, wanted, program, outputs: Vec::new() }
     }
 
-    /// Rows in use along an axis.
-    pub fn live(&self, axis: Axis) -> usize {
-        match axis {
-            Axis::Rows => self.rows,
-            Axis::Wanted => self.wanted,
-            Axis::Fixed(n) => n,
-        }
-    }
-
     fn push(&mut self, desc: BufDesc, contents: Contents) -> Buf {
         self.buffers.push((desc, contents));
         Buf(self.buffers.len() as u32 - 1)

@@ -58,18 +58,18 @@ pub fn limit(backend: &str, work: Work) -> Limit {
         // The sum is rounded once, then the two scales and the residual.
         ("reference", Work::Linear { .. }) => of(4.0, 2.0),
         // Eight lanes of k/8 terms, three levels to sum them, up to seven terms left over; then as above.
-        (_, Work::Linear { k }) => of((k / 8) as f64 + 16.0, 1.0 + (k as f64).sqrt() / 8.0),
+        (_, Work::Linear { k }) => of((k / 8) as f64 + 16.0, 2.0),
         // 1/sqrt, and two products.
-        (_, Work::RmsNorm) => of(3.0, 1.5),
+        (_, Work::RmsNorm) => of(3.0, 2.0),
         (_, Work::Rope) => of(2.0, 1.0),
         // f64 throughout, rounded once.
         ("reference", Work::Attend { .. }) => of(1.0, 0.5),
         // A score is a sum of eight lanes of dim/8; the values are summed within a page, then page by page.
         (_, Work::Attend { dim, context, page_tokens }) => {
             let terms = dim / 8 + 8 + page_tokens + context.div_ceil(page_tokens) + 8;
-            of(terms as f64, 3.0)
+            of(terms as f64, 0.6)
         }
         // exp within one unit (two U) of the last place, one sum, one quotient, one product.
-        (_, Work::SwiGlu) => of(5.0, 2.0),
+        (_, Work::SwiGlu) => of(5.0, 2.5),
     }
 }

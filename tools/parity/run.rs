@@ -42,13 +42,12 @@ pub fn run(case: &Case, device: &mut dyn Backend) -> Result<Outcome> {
     let backend = device.describe().backend;
     let reference = execute(&problem, &mut Reference::open())?;
     let got = execute(&problem, device)?;
-    let mut verdicts = Vec::new();
+    let mut verdicts = vec![untouched(&problem, &got)];
     for output in &problem.outputs {
         let own = judge(&problem, output, "reference", &reference, None);
         verdicts.extend((!own.passed()).then_some(own));
         verdicts.push(judge(&problem, output, backend, &got, Some(&reference)));
     }
-    verdicts.push(untouched(&problem, &got));
     let ties = verdicts.iter().map(|verdict| verdict.ties).sum();
     let worst = verdicts.into_iter().max_by(|a, b| a.ratio().total_cmp(&b.ratio())).unwrap_or_default();
     Ok(Outcome {
