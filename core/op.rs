@@ -115,7 +115,8 @@ impl StaticScale {
 pub enum Scale {
     /// One for the whole tensor, from calibration.
     Static(StaticScale),
-    /// One a row, `[m, 1]` f32, written by the op that quantizes: amax / 448, the f32 epsilon where amax is 0.
+    /// One a row, `[m, 1]` f32, written by the op that quantizes: amax / 448, the f32 epsilon where that is 0 or
+    /// subnormal.
     PerToken(Buf),
 }
 
