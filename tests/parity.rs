@@ -1,5 +1,6 @@
 //! Every parity case on every device of this machine, `cpu::linear::fp8_static_m17_n48_k2048` and so on.
-//! `QUAVER_PARITY_SEED=7 cargo test --test parity` draws other numbers.
+//! `QUAVER_PARITY_SEED=7 cargo test --test parity` draws other numbers;
+//! `QUAVER_PARITY_VERBOSE=1` prints how near each case came to its bound.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use quaver::parity::{self, DEFAULT_SEED};

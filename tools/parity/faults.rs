@@ -30,6 +30,8 @@ enum Fault {
     NeighbourPage,
     /// `quantize` truncates.
     Truncation,
+    /// `swiglu` truncates.
+    FusedTruncation,
     /// `rms_norm` forgets eps.
     NoEps,
 }
@@ -48,12 +50,22 @@ impl Kernels for Faulty {
     fn quantize(&mut self, x: &[f32], k: usize, out: ActOut) {
         match out {
             ActOut { data: SliceMut::E4m3(codes), scale: ScaleOut::Static(inv) } if self.0 == Fault::Truncation => {
-                for (code, x) in codes.iter_mut().zip(x) {
-                    *code = e4m3::encode(x * inv);
-                    *code -= u8::from(e4m3::decode(*code).abs() > (x * inv).abs());
-                }
+                truncate(codes, x, inv);
             }
             out => reference::quantize(x, k, out),
+        }
+    }
+
+    fn swiglu(&mut self, gate_up: Slice, f: usize, out: ActOut) {
+        match out {
+            ActOut { data: SliceMut::E4m3(codes), scale: ScaleOut::Static(inv) }
+                if self.0 == Fault::FusedTruncation =>
+            {
+                let mut values = vec![0.0; codes.len()];
+                reference::swiglu(gate_up, f, ActOut { data: SliceMut::F32(&mut values), scale: ScaleOut::None });
+                truncate(codes, &values, inv);
+            }
+            out => reference::swiglu(gate_up, f, out),
         }
     }
 
@@ -94,6 +106,14 @@ impl Kernels for Faulty {
         let position: Vec<u32> = rows.position.iter().map(previous).collect();
         let page_table: Vec<u32> = rows.page_table.iter().map(neighbour).collect();
         reference::attend(q, RowsIn { position: &position, page_table: &page_table, ..rows }, heads, kv, out);
+    }
+}
+
+/// Codes of values, rounded towards zero.
+fn truncate(codes: &mut [u8], values: &[f32], inv: f32) {
+    for (code, x) in codes.iter_mut().zip(values) {
+        *code = e4m3::encode(x * inv);
+        *code -= u8::from(e4m3::decode(*code).abs() > (x * inv).abs());
     }
 }
 
@@ -152,6 +172,11 @@ fn a_wrong_page_is_found() {
 #[test]
 fn truncation_is_found() {
     assert_eq!(blamed(Fault::Truncation), ["attend", "quantize", "rms_norm", "swiglu"]);
+}
+
+#[test]
+fn truncation_in_a_fused_op_is_found() {
+    assert_eq!(blamed(Fault::FusedTruncation), ["swiglu"]);
 }
 
 #[test]

@@ -31,10 +31,11 @@ use std::sync::Arc;
 use quaver_core::bytes::Bytes;
 use quaver_core::op::{Buf, BufDesc, Program};
 
+use rng::Rng;
+
 pub use bound::{Bound, Codes, Truth};
 pub use cases::cases;
 pub use limits::{Limit, Work, limit};
-pub use rng::Rng;
 pub use run::{Outcome, run};
 
 /// The seed of a run that names none.

@@ -22,6 +22,8 @@ struct Shape {
     page_tokens: usize,
     /// Standard deviation of q: scores have it too.
     sharpness: f32,
+    /// Pages that the second sequence shares with the first.
+    shared: usize,
 }
 
 /// Prefill from the start and behind a prefix, and decode rows with contexts of 1, 15, 16, 17 and 129.
@@ -35,6 +37,7 @@ const PLAIN: Shape = Shape {
     heads: Heads { q: 8, kv: 2, dim: 64 },
     page_tokens: 16,
     sharpness: 1.0,
+    shared: 0,
 };
 
 const STATIC: ActKind = ActKind::Static(0.0037);
@@ -72,6 +75,7 @@ pub fn add(list: &mut List) {
     }
     plain("prefill_130_rows".into(), Shape { spans: &[(0, 130)], ..PLAIN });
     plain("prefill_70_rows_behind_300".into(), Shape { spans: &[(300, 70)], cache: Cache::Fp8, ..PLAIN });
+    plain("two_sequences_share_pages".into(), Shape { spans: &[(64, 9), (70, 3)], shared: 4, ..PLAIN });
     plain("scores_of_all_sizes".into(), Shape { sharpness: 25.0, ..PLAIN });
     plain("no_rows".into(), Shape { spans: &[], ..PLAIN });
     for kind in [ActKind::Bf16, STATIC, ActKind::PerToken] {
@@ -90,7 +94,10 @@ pub fn add(list: &mut List) {
 
 fn problem(rng: &mut Rng, shape: Shape) -> Problem {
     let Shape { heads, page_tokens, .. } = shape;
-    let batch = Batch::new(rng, shape.spans, page_tokens, true);
+    let mut batch = Batch::new(rng, shape.spans, page_tokens, true);
+    if shape.shared > 0 {
+        batch.share(0, 1, shape.shared);
+    }
     let width = heads.q * heads.dim;
     let mut b = batch.builder();
     let bytes = encode(shape.q, &rng.normals(batch.rows() * width, shape.sharpness));

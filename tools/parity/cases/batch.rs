@@ -79,6 +79,12 @@ impl Batch {
         Batch { spans: spans.to_vec(), seqs, page_table, table_cols, page_tokens, pages }
     }
 
+    /// Gives a span the first pages of another: a prefix that both have.
+    pub fn share(&mut self, from: usize, to: usize, pages: usize) {
+        let [from, to] = [from, to].map(|span| self.seqs[span] * self.table_cols);
+        self.page_table.copy_within(from..from + pages, to);
+    }
+
     pub fn rows(&self) -> usize {
         self.spans.iter().map(|span| span.1).sum()
     }

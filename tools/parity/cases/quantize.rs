@@ -30,6 +30,13 @@ pub fn add(list: &mut List) {
         values[256..].fill(-0.0);
         problem(ActKind::PerToken, Axis::Rows, 64, &values)
     });
+    // Their scales would be subnormal, and the reciprocals infinite.
+    list.add("quantize", "rows_of_tiny_numbers_per_token", |rng| {
+        let mut values = [rng.normals(2 * 64, 1e-37), rng.normals(64, 1e-30)].concat();
+        values.iter_mut().step_by(5).for_each(|x| *x = 0.0);
+        values.iter_mut().filter(|x| !x.is_normal()).for_each(|x| *x = 0.0);
+        problem(ActKind::PerToken, Axis::Rows, 64, &values)
+    });
     list.add("quantize", "bf16_ties", |rng| {
         let tie = |rng: &mut Rng| (rng.bits() as u32 & 0xbfff_0000) | 0x8000;
         let near = |rng: &mut Rng| tie(rng).wrapping_add(rng.below(3) as u32).wrapping_sub(1);
