@@ -115,7 +115,8 @@ impl StaticScale {
 pub enum Scale {
     /// One for the whole tensor, from calibration.
     Static(StaticScale),
-    /// One a row, `[m, 1]` f32, written by the op that quantizes: amax / 448, the f32 epsilon where amax is 0.
+    /// One a row, `[m, 1]` f32, written by the op that quantizes: amax / 448, the f32 epsilon where that is 0 or
+    /// subnormal.
     PerToken(Buf),
 }
 
@@ -386,7 +387,7 @@ pub struct Line {
 }
 
 /// A step of a model as a list. Sizes are upper bounds: the step's own are in `live`, and what lies beyond them is
-/// padding, whose contents are undefined and which no op needs to touch.
+/// padding, whose contents are undefined: no op reads it into its results, and none writes it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Program {
     /// Rows of the step, at most.
@@ -442,10 +443,12 @@ pub trait Backend: Send {
     /// Err([`Unsupported`](crate::Error::Unsupported)) with the reason where this backend cannot run an op.
     fn supports(&self, op: &Op) -> Result<()>;
 
-    /// A new buffer, zeroed.
+    /// A new buffer, zeroed. Buffers are numbered from 0 in the order in which `alloc` and `load` made them, so that
+    /// one numbering serves the same program on several backends.
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf>;
 
-    /// A constant: `parts` hold consecutive rows. A host backend keeps the shared bytes instead of copying them.
+    /// A constant, numbered as [`Backend::alloc`] says: `parts` hold consecutive rows. A host backend keeps the shared
+    /// bytes instead of copying them.
     fn load(&mut self, desc: &BufDesc, parts: &[Bytes]) -> Result<Buf>;
 
     /// Overwrites bytes of a buffer that `alloc` made, from byte `offset` on, before the next run.

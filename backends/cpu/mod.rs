@@ -3,6 +3,8 @@
 
 mod attend;
 mod linear;
+#[cfg(test)]
+mod tests;
 
 use quaver_core::host::slices::{ActIn, ActOut, ColsOut, Slice, WeightIn};
 use quaver_core::host::{HostBackend, Kernels, KvIn, RowsIn};
@@ -23,10 +25,14 @@ pub struct CpuKernels {
 
 /// Opens the cpu backend with a number of threads, one a core where None.
 pub fn open(threads: Option<usize>) -> Result<Cpu> {
+    kernels(threads).map(HostBackend::new)
+}
+
+fn kernels(threads: Option<usize>) -> Result<CpuKernels> {
     let threads = threads.unwrap_or_else(default_threads);
     let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("quaver-cpu-{i}")).build();
     let pool = pool.map_err(|e| Error::device("cpu", format!("cannot start {threads} threads: {e}")))?;
-    Ok(HostBackend::new(CpuKernels { pool, linear: linear::Scratch::default(), attended: Vec::new() }))
+    Ok(CpuKernels { pool, linear: linear::Scratch::default(), attended: Vec::new() })
 }
 
 /// One thread a core that this process may use.

@@ -308,11 +308,28 @@ impl<K: Kernels> Backend for HostBackend<K> {
 
     fn read(&mut self, _after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
         let range = offset..offset + into.len();
-        let bytes = self.memory.find(src).map(|_| self.memory.bytes(src)).and_then(|bytes| bytes.get(range.clone()));
+        let is_whole = self.memory.find(src).is_some() && !self.memory.is_split(src);
+        let bytes = is_whole.then(|| self.memory.bytes(src)).and_then(|bytes| bytes.get(range.clone()));
         match bytes {
             Some(bytes) => into.copy_from_slice(bytes),
             None => return Err(self.fail(format!("bytes {range:?} of buffer {} cannot be read", src.0))),
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::{DType, Extent};
+    use crate::reference::Reference;
+
+    #[test]
+    fn reading_a_constant_in_several_parts_is_refused() {
+        let mut backend = Reference::open();
+        let parts = [vec![1u8; 4], vec![2u8; 8]].map(Bytes::from);
+        let buf = backend.load(&BufDesc::new("w", DType::F32, Extent::Fixed(3), 1), &parts).unwrap();
+        let error = backend.read(Step(0), buf, 0, &mut [0; 12]).unwrap_err();
+        assert_eq!(error.to_string(), "reference: bytes 0..12 of buffer 0 cannot be read");
     }
 }

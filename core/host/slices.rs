@@ -277,10 +277,12 @@ impl RowOut<'_> {
     }
 }
 
-/// The per-token scale of a row: amax / 448, the f32 epsilon where amax is 0 (compressed-tensors, `calculate_qparams`).
+/// The per-token scale of a row: amax / 448, the f32 epsilon where that is 0 (compressed-tensors, `calculate_qparams`)
+/// or subnormal: its reciprocal might be infinite, which makes NaN of the zeros of the row, and devices may flush it.
 pub fn dynamic_scale(values: &[f32]) -> f32 {
     let amax = values.iter().fold(0f32, |amax, x| amax.max(x.abs()));
-    if amax == 0.0 { f32::EPSILON } else { amax / e4m3::MAX }
+    let scale = amax / e4m3::MAX;
+    if scale < f32::MIN_POSITIVE { f32::EPSILON } else { scale }
 }
 
 /// `n` columns of a row-major f32 or bf16 buffer, to write.
@@ -308,5 +310,19 @@ impl<'a> ColsOut<'a> {
             }
             SliceMut::E4m3(_) => unreachable!("Linear writes f32 or bf16"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_of_tiny_numbers_has_a_scale_with_a_reciprocal() {
+        for amax in [0.0, 1e-45, 1e-38, 1e-37, 5e-36] {
+            assert_eq!(dynamic_scale(&[0.0, -amax]), f32::EPSILON, "amax {amax}");
+        }
+        assert_eq!(dynamic_scale(&[0.0, -6e-36]), 6e-36 / 448.0);
+        assert_eq!(dynamic_scale(&[-448.0, 1.0]), 1.0);
     }
 }

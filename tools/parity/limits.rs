@@ -1,0 +1,75 @@
+//! How far each backend may be from the f64 result, in one table.
+//!
+//! An element's error is at most `element` x its magnitude, which the case computes in f64: what the error of a sum is
+//! proportional to, for instance the sum of |x||w|. That limit is proven from the order of the summation and holds for
+//! any input. It grows with the length of the sum, so that a small fault may hide below it; errors that are as random
+//! as roundings are do not reach it by far. Hence the second limit: the root mean square of a row's errors is at most
+//! `rms` x that of its magnitudes. It is two to four times what was measured.
+
+/// The rounding error of an f32 operation, relative to its result.
+pub const U: f64 = 1.0 / (1 << 24) as f64;
+
+/// Errors below this count for nothing: devices may flush subnormal numbers, and exp(89) is no f32 any more.
+pub const TINY: f64 = 1e-30;
+
+/// What was computed, as far as its rounding errors depend on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Work {
+    /// Nothing that rounds, besides storing the result.
+    Exact,
+    /// A sum of `k` products, scaled, and added to a residual. Magnitude: sum of |x||w|, + |residual|.
+    Linear {
+        /// Products.
+        k: usize,
+    },
+    /// A normalized row. Magnitude: |value|.
+    RmsNorm,
+    /// Two products and their sum. Magnitude: |a cos| + |b sin|.
+    Rope,
+    /// Magnitude: sum over t of (1 + s) w |v|, + |value| x sum of (1 + s) w, where w is the softmax weight and
+    /// s = sum |q||k| / sqrt(dim), which is what the error of a score is proportional to.
+    Attend {
+        /// Elements a head.
+        dim: usize,
+        /// The longest context.
+        context: usize,
+        /// Tokens a page.
+        page_tokens: usize,
+    },
+    /// Magnitude: |value| (1 + |gate| (1 - sigmoid(gate))), as exp multiplies the error of its argument.
+    SwiGlu,
+}
+
+/// Limits of the error, relative to the magnitude.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limit {
+    /// Of each element.
+    pub element: f64,
+    /// Of the root mean square of a row, and of all rows.
+    pub rms: f64,
+}
+
+/// The limit of a backend, by its name in [`DeviceInfo`](quaver_core::op::DeviceInfo). A backend without a line of its
+/// own is held to the cpu's.
+pub fn limit(backend: &str, work: Work) -> Limit {
+    let of = |element: f64, rms: f64| Limit { element: element * U, rms: rms * U };
+    match (backend, work) {
+        (_, Work::Exact) => of(0.0, 0.0),
+        // The sum is rounded once, then the two scales and the residual.
+        ("reference", Work::Linear { .. }) => of(4.0, 2.0),
+        // Eight lanes of k/8 terms, three levels to sum them, up to seven terms left over; then as above.
+        (_, Work::Linear { k }) => of((k / 8) as f64 + 16.0, 2.0),
+        // 1/sqrt, and two products. One element may be the largest of all by far, and its error be that of its row.
+        (_, Work::RmsNorm) => of(3.0, 3.0),
+        (_, Work::Rope) => of(2.0, 1.0),
+        // f64 throughout, rounded once.
+        ("reference", Work::Attend { .. }) => of(1.0, 0.5),
+        // A score is a sum of eight lanes of dim/8; the values are summed within a page, then page by page.
+        (_, Work::Attend { dim, context, page_tokens }) => {
+            let terms = dim / 8 + 8 + page_tokens + context.div_ceil(page_tokens) + 8;
+            of(terms as f64, 0.6)
+        }
+        // exp within one unit (two U) of the last place, one sum, one quotient, one product.
+        (_, Work::SwiGlu) => of(5.0, 4.0),
+    }
+}
