@@ -72,7 +72,9 @@ mod tests {
 
     #[test]
     fn known_values_decode() {
-        for (code, value) in [(0x00, 0.0), (0x01, 1.0 / 512.0), (0x08, 1.0 / 64.0), (0x38, 1.0), (0x7e, 448.0), (0xfe, -448.0)] {
+        for (code, value) in
+            [(0x00, 0.0), (0x01, 1.0 / 512.0), (0x08, 1.0 / 64.0), (0x38, 1.0), (0x7e, 448.0), (0xfe, -448.0)]
+        {
             assert_eq!(decode(code), value, "code {code:#04x}");
         }
         assert!(decode(0x7f).is_nan() && decode(0xff).is_nan());

@@ -1,1 +1,3 @@
 //! Quaver.
+
+pub mod text;
