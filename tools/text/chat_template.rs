@@ -1,10 +1,13 @@
 //! Chat templates: messages to the text of a prompt.
 //!
-//! Invariant: the text equals what `apply_chat_template` of transformers renders, and a template can neither hang nor
-//! fill the memory: it comes with the model, so a stranger wrote it.
+//! Invariant: the text equals what `apply_chat_template` of transformers renders. A template comes with the model, so a
+//! stranger wrote it: endless loops, recursion, growing strings and deep values end with an error. What minijinja takes
+//! no fuel for is comparing lists that hold one list many times over, and adding a list to itself again and again: a
+//! template is therefore never taken from a client of the server.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{AutoEscape, Environment, ErrorKind, Value as Jinja};
+use minijinja::value::ValueKind;
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value as Jinja};
 use quaver_core::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -14,11 +17,18 @@ use super::tojson::tojson;
 
 const WHAT: &str = "chat template";
 
-/// Steps that a template may take; 64 bytes of text are one step too. It bounds a rendering to 256 MB and about a
-/// tenth of a second, and is a hundred times what Llama 3's template takes for 131,072 tokens (600 kB) of messages.
-const FUEL: u64 = 4_000_000;
+/// Steps that a template may take; 64 bytes of text are one step too, so that a rendering ends within 128 MB. Llama 3's
+/// template takes 60 steps a message: 131,072 tokens in messages of six tokens each are 1.3 million steps.
+const FUEL: u64 = 2_000_000;
 
-/// Nested macros, includes and loops. minijinja's own limit, five times this, needs more than the 2 MiB of a thread.
+/// The stack of a rendering. Freeing a list takes stack for each level of it, and `FUEL` pays for two million levels:
+/// half of this (measured; memory that is not touched costs nothing).
+const STACK: usize = 256 << 20;
+
+/// Levels of a value that is written out. JSON readers accept as many.
+const MAX_DEPTH: usize = 128;
+
+/// Nested macros, includes and recursive loops: far more than any template of a model has.
 const RECURSION: usize = 100;
 
 /// The tokens that a template knows by name.
@@ -70,7 +80,7 @@ impl ChatTemplate {
         if templates.is_empty() {
             return Ok(None);
         }
-        let mut env = environment();
+        let mut env = environment()?;
         for (name, source) in templates {
             env.add_template_owned(name, without_generation_tags(&source)).map_err(template_error)?;
         }
@@ -102,7 +112,7 @@ impl ChatTemplate {
         }
         let context = self.context(&messages, options)?;
         let template = self.env.get_template(self.name(options)?).map_err(template_error)?;
-        let rendered = template.render(context).map_err(template_error)?;
+        let rendered = on_a_large_stack(|| template.render(context).map_err(template_error))?;
         if options.continue_final_message { cut(&rendered) } else { Ok(rendered) }
     }
 
@@ -149,18 +159,22 @@ impl ChatTemplate {
 }
 
 /// What transformers gives every template.
-fn environment() -> Environment<'static> {
+fn environment() -> Result<Environment<'static>> {
     let mut env = Environment::new();
-    env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default());
+    env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?);
     env.set_auto_escape_callback(|_| AutoEscape::None);
+    env.set_debug(false);
     env.set_fuel(Some(FUEL));
     env.set_recursion_limit(RECURSION);
+    env.set_formatter(|out, state, value| {
+        pay(state, value, 0)?;
+        minijinja::escape_formatter(out, state, value)
+    });
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.add_filter("tojson", tojson);
     // Python's strings and mappings are sequences too.
     env.add_test("sequence", |value: Jinja| {
-        use minijinja::value::ValueKind::{Map, Seq, String};
-        matches!(value.kind(), Map | Seq | String)
+        matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::String)
     });
     env.add_function("raise_exception", |message: String| -> Result<Jinja, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message).with_source(Refused))
@@ -169,7 +183,38 @@ fn environment() -> Environment<'static> {
         jiff::fmt::strtime::format(format, &jiff::ZonedDateTime::now())
             .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}")))
     });
-    env
+    Ok(env)
+}
+
+/// Takes the fuel for writing `value` out. minijinja takes it afterwards, which is too late where a list holds itself,
+/// or holds one list twice, that list another twice, and so on.
+fn pay(state: &State, value: &Jinja, depth: usize) -> std::result::Result<(), minijinja::Error> {
+    if depth > MAX_DEPTH {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "a value has more than 128 levels"));
+    }
+    let is_map = value.kind() == ValueKind::Map;
+    if !is_map && !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
+        return Ok(());
+    }
+    for child in value.try_iter()?.checked() {
+        state.consume_fuel(1)?;
+        let child = child?;
+        let child = if is_map { value.get_item(&child)? } else { child };
+        pay(state, &child, depth + 1)?;
+    }
+    Ok(())
+}
+
+/// Runs a rendering, whatever stack its caller has left.
+fn on_a_large_stack<T: Send>(render: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("chat-template".into()).stack_size(STACK);
+        let thread = thread.spawn_scoped(scope, render);
+        let thread =
+            thread.map_err(|e| Error::text(WHAT, format!("no thread to render it ({e}); free some memory")))?;
+        let crashed = || Err(Error::text(WHAT, "crashes the template engine; use another template"));
+        thread.join().unwrap_or_else(|_| crashed())
+    })
 }
 
 /// Marks an error as the template's own `raise_exception`.

@@ -175,15 +175,13 @@ fn tools_must_be_a_list() {
 
 #[test]
 fn hostile_templates_end() {
-    let too_much = "chat template: takes more than 4000000 steps; send fewer messages or use another template";
+    let too_much = "chat template: takes more than 2000000 steps; send fewer messages or use another template";
     let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
     let doubling =
         "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(64) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
-    let lists = "{% set ns = namespace(s=[0]) %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}";
     for source in [
         loops,
         doubling,
-        lists,
         "{{ 'x' * 99999999999 }}",
         "{{ range(99999) | map('string') | join('x' * 99999) }}",
         "{% set l = 'x' * 9999999 %}{% for i in range(99999) %}{{ l }}{% endfor %}",
@@ -204,10 +202,27 @@ fn hostile_templates_end() {
 
 #[test]
 fn a_value_nested_without_end_does_not_overflow_the_stack() {
-    let nest = "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% for j in range(20) %}\
-        {% set ns.x = [ns.x] %}{% endfor %}{% endfor %}";
-    assert!(render(nest).is_err());
-    let deep = "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}";
-    assert_eq!(render(deep).unwrap(), "");
-    assert!(render(&format!("{deep}{{{{ ns.x }}}}")).is_err());
+    let levels = format!("{}ns.x{}", "[".repeat(40), "]".repeat(40));
+    let set = format!("{{% set ns.x = {levels} %}}");
+    let nest = |rows: usize| {
+        format!(
+            "{{% set ns = namespace(x=[]) %}}{{% for i in range({rows}) %}}{{% for j in range(99) %}}{set}{{% endfor %}}\
+             {{% endfor %}}"
+        )
+    };
+    let too_much = "chat template: takes more than 2000000 steps; send fewer messages or use another template";
+    assert_eq!(refused(&nest(9999)), too_much);
+    assert_eq!(render(&nest(9)).unwrap(), "");
+    let deep = "chat template: line 1: invalid operation: a value has more than 128 levels; \
+        correct it or use another template";
+    assert_eq!(refused(&(nest(9) + "{{ ns.x }}")), deep);
+    assert_eq!(refused("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}"), deep);
+}
+
+#[test]
+fn a_value_that_repeats_itself_is_paid_for() {
+    let twice = "{% set x = [x, x] %}".repeat(60);
+    let too_much = "chat template: takes more than 2000000 steps; send fewer messages or use another template";
+    assert_eq!(refused(&(twice.clone() + "{{ x }}")), too_much);
+    assert_eq!(refused(&("{% set x = 1 %}".to_string() + &twice + "{{ x | tojson }}")), too_much);
 }

@@ -198,8 +198,8 @@ mod tests {
             r#"{"a":"<\u00e9'\"\n\u0001>","b":[1,-2,0.5,true,null]}"#
         );
         assert_eq!(
-            render("{{ {1: 2, none: 3, true: '😀'} | tojson }}").unwrap(),
-            r#"{"1": 2, "null": 3, "true": "😀"}"#
+            render("{{ {1: 2, none: 3, false: '😀'} | tojson }}").unwrap(),
+            r#"{"1": 2, "null": 3, "false": "😀"}"#
         );
     }
 

@@ -281,7 +281,7 @@ mod tests {
     fn contradictions_are_refused() {
         assert_eq!(
             refused(|f| f["model"]["merges"] = json!(["a c"])),
-            "tokenizer.json: its model cannot be used (Token `c` out of vocabulary at line 1 column 70); \
+            "tokenizer.json: its model cannot be used (Token `c` out of vocabulary at line 1 column 60); \
              download the file again or re-export it"
         );
         assert_eq!(
