@@ -1,3 +1,4 @@
-//! Quaver.
+//! Quaver's in-process API.
 
 pub mod parity;
+pub mod text;
