@@ -1,6 +1,6 @@
-//! The five checkpoints that llm-compressor made of one small model. Two of them are kept in the repository (the BF16
-//! one and the built-in demo); the others follow from these by llm-compressor's arithmetic, and a digest of the
-//! original's tensors proves each that is made here.
+//! The five checkpoints that the goldens cover: one small model in BF16, and what llm-compressor made of it. The
+//! repository keeps one of them whole (the built-in demo) and the BF16 linears; the others follow from these by
+//! llm-compressor's arithmetic, and a digest of the original's tensors proves each that is made here.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -47,7 +47,6 @@ pub fn open_with_config(model: &str, name: &str, edit: impl FnOnce(&mut serde_js
 /// The folder of a checkpoint.
 pub fn folder(model: &str) -> PathBuf {
     match model {
-        "tiny-llama" => fixtures().join("tiny-llama"),
         "tiny-llama-fp8-channel" => demo(),
         _ => {
             let to = scratch().join(model);
@@ -104,9 +103,15 @@ fn read(path: &Path) -> BTreeMap<String, Owned> {
 fn make(model: &str) -> (BTreeMap<String, Owned>, String) {
     let channel = read(&demo().join("model.safetensors"));
     let tensors = match model {
+        "tiny-llama" => {
+            let mut tensors = channel;
+            tensors.retain(|name, tensor| tensor.dtype == Dtype::BF16 && !name.ends_with("_scale"));
+            tensors.extend(read(&fixtures().join("tiny-llama-linears.safetensors")));
+            tensors
+        }
         "tiny-llama-fp8-dynamic" => channel.into_iter().filter(|(name, _)| !name.ends_with(".input_scale")).collect(),
         "tiny-llama-fp8" | "tiny-llama-fp8-kv" => {
-            let real = read(&fixtures().join("tiny-llama/model.safetensors"));
+            let real = read(&fixtures().join("tiny-llama-linears.safetensors"));
             let mut tensors = BTreeMap::new();
             for (name, tensor) in channel {
                 match name.strip_suffix("_scale") {
