@@ -1,0 +1,191 @@
+//! Flags that several commands share, and what they become.
+
+use clap::{Args, ValueEnum};
+use quaver::core::engine::EngineOptions;
+use quaver::core::llama::{KvCache, Profile};
+use quaver::{Llm, LlmOptions, SamplingParams};
+use quaver_backends::{Kind, Spec};
+
+/// Which model, where, and how large.
+#[derive(Args, Debug)]
+pub struct ModelFlags {
+    /// A model's folder; the built-in demo model where none is given.
+    #[arg(long, short, value_name = "DIR", env = "QUAVER_MODEL")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub device: DeviceFlags,
+    /// Tokens that a prompt and its answer can have together [default: what the model was made for].
+    #[arg(long, value_name = "N", env = "QUAVER_MAX_MODEL_LEN")]
+    pub max_model_len: Option<usize>,
+    /// Memory that the KV cache may take, at most: bytes, or a number with K, M or G.
+    #[arg(long, value_name = "BYTES", default_value = "4G", value_parser = bytes, env = "QUAVER_KV_CACHE_MEMORY")]
+    pub kv_cache_memory: u64,
+    /// What the KV cache is kept in: `auto` takes fp8 where the checkpoint has scales for it.
+    #[arg(long, value_name = "TYPE", default_value = "auto", env = "QUAVER_KV_CACHE_DTYPE")]
+    pub kv_cache_dtype: KvCacheFlag,
+    /// Arithmetic of what is not FP8: `fast` is bf16 where it pays, `exact` is f32 throughout.
+    #[arg(long, value_name = "PROFILE", default_value = "fast", env = "QUAVER_PROFILE")]
+    pub profile: ProfileFlag,
+}
+
+/// Which device.
+#[derive(Args, Debug)]
+pub struct DeviceFlags {
+    /// What computes: `auto` takes the best that there is.
+    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = kind, env = "QUAVER_BACKEND")]
+    pub backend: Kind,
+    /// Which of the backend's devices, as `quaver devices` counts them.
+    #[arg(long, value_name = "N", default_value_t = 0, env = "QUAVER_DEVICE")]
+    pub device: usize,
+    /// Threads of the cpu backend [default: one a core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "QUAVER_THREADS")]
+    pub threads: Option<u16>,
+}
+
+/// `--kv-cache-dtype`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum KvCacheFlag {
+    Auto,
+    Fp8,
+}
+
+/// `--profile`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ProfileFlag {
+    Exact,
+    Fast,
+}
+
+impl ModelFlags {
+    /// The library's options, for `sequences` at a time.
+    pub fn options(&self, sequences: usize) -> LlmOptions {
+        let engine = EngineOptions {
+            profile: match self.profile {
+                ProfileFlag::Exact => Profile::Exact,
+                ProfileFlag::Fast => Profile::Fast,
+            },
+            kv_cache: match self.kv_cache_dtype {
+                KvCacheFlag::Auto => KvCache::Auto,
+                KvCacheFlag::Fp8 => KvCache::Fp8,
+            },
+            max_model_len: self.max_model_len,
+            max_num_seqs: sequences,
+            kv_cache_memory: self.kv_cache_memory,
+            ..EngineOptions::default()
+        };
+        LlmOptions { device: self.device.spec(), engine }
+    }
+
+    /// Opens the model for `sequences` at a time.
+    pub fn open(&self, sequences: usize) -> quaver::Result<Llm> {
+        Llm::with_options(self.model.as_deref(), &self.options(sequences))
+    }
+}
+
+impl DeviceFlags {
+    /// The device that the flags name.
+    pub fn spec(&self) -> Spec {
+        Spec { kind: self.backend, device: self.device, threads: self.threads.map(usize::from) }
+    }
+}
+
+/// How to choose tokens; where a flag is absent, the model's generation_config.json decides.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingFlags {
+    /// 0 takes the likeliest token always; 1 is the model's own distribution.
+    #[arg(long, value_name = "T", env = "QUAVER_TEMPERATURE")]
+    pub temperature: Option<f32>,
+    /// Keep the likeliest tokens whose probabilities sum to this.
+    #[arg(long, value_name = "P", env = "QUAVER_TOP_P")]
+    pub top_p: Option<f32>,
+    /// Keep this many of the likeliest tokens; 0 keeps all.
+    #[arg(long, value_name = "K", env = "QUAVER_TOP_K")]
+    pub top_k: Option<u32>,
+    /// Keep tokens at least this probable, relative to the likeliest.
+    #[arg(long, value_name = "P", env = "QUAVER_MIN_P")]
+    pub min_p: Option<f32>,
+    /// Divide the logits of tokens that occurred by this; 1 is off.
+    #[arg(long, value_name = "R", env = "QUAVER_REPETITION_PENALTY")]
+    pub repetition_penalty: Option<f32>,
+    /// Subtract this from the logits of tokens that were generated.
+    #[arg(long, value_name = "R", allow_negative_numbers = true, env = "QUAVER_PRESENCE_PENALTY")]
+    pub presence_penalty: Option<f32>,
+    /// Subtract this for each time that a token was generated.
+    #[arg(long, value_name = "R", allow_negative_numbers = true, env = "QUAVER_FREQUENCY_PENALTY")]
+    pub frequency_penalty: Option<f32>,
+    /// The same seed gives the same text.
+    #[arg(long, value_name = "N", env = "QUAVER_SEED")]
+    pub seed: Option<u64>,
+    /// Tokens to generate, at most.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 256, env = "QUAVER_MAX_TOKENS")]
+    pub max_tokens: usize,
+    /// End the answer before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Go on behind an end-of-text token.
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+impl SamplingFlags {
+    /// The flags over a model's defaults.
+    pub fn params(&self, defaults: SamplingParams) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+            seed: self.seed,
+            max_tokens: self.max_tokens,
+            ignore_eos: self.ignore_eos,
+            ..defaults
+        }
+    }
+}
+
+fn kind(name: &str) -> Result<Kind, String> {
+    Kind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+        let names: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+        format!("this build has the backends {}", names.join(", "))
+    })
+}
+
+/// Bytes as a user writes them: `4G`, `512M`, `1.5GiB`, `1000000`.
+fn bytes(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches('B').trim_end_matches('I') {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("a number of bytes is expected, such as 512M or 4G".into()),
+    };
+    let number: f64 =
+        digits.trim().parse().map_err(|_| "a number of bytes is expected, such as 512M or 4G".to_owned())?;
+    let bytes = number * (1u64 << shift) as f64;
+    if !(1.0..=1e18).contains(&bytes) {
+        return Err("a number of bytes is expected, such as 512M or 4G".into());
+    }
+    Ok(bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_as_people_write_them() {
+        for (text, want) in [("1000", 1000), ("4G", 4 << 30), ("1.5GiB", 3 << 29), ("512mb", 512 << 20), ("2k", 2048)] {
+            assert_eq!(bytes(text), Ok(want), "{text}");
+        }
+        for text in ["", "G", "-1", "4X", "nan", "1e30G"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! The commands: parsed arguments become options of the library, one file a command. Results go to stdout, everything
+//! else to stderr; exit codes are 0 done, 1 failure, 2 usage.
+
+mod chat;
+mod devices;
+mod flags;
+mod generate;
+mod inspect;
+
+use std::fmt;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Runs FP8 language models.
+#[derive(Parser)]
+#[command(name = "quaver", version, about, max_term_width = 100)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+    /// Log what happens; twice for details. An error shows its causes.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue prompts, streamed.
+    Generate(generate::Args),
+    /// Talk to a model in the terminal.
+    Chat(chat::Args),
+    /// Show a model's config, quantization, tensors and memory plan.
+    Inspect(inspect::Args),
+    /// Show what this machine offers.
+    Devices(devices::Args),
+}
+
+/// A mistake in the arguments that parsing alone does not find: exit code 2.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let level = ["warn", "info", "debug"][usize::from(args.verbose.min(2))];
+    let env = env_logger::Env::default().default_filter_or(level);
+    env_logger::Builder::from_env(env).format_timestamp_millis().init();
+    let result = match args.command {
+        Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Devices(args) => devices::run(args),
+    };
+    let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else { return ExitCode::SUCCESS };
+    if closed_pipe(&error) {
+        return ExitCode::SUCCESS;
+    }
+    if args.verbose > 0 {
+        eprintln!("quaver: {error:?}");
+    } else {
+        // An error of the library holds its cause in its message; those of other crates are given with theirs.
+        eprintln!("quaver: {error}");
+    }
+    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+/// True where the reader of stdout went away, as `head` does: nobody is left to be told.
+fn closed_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}

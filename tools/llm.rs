@@ -1,0 +1,348 @@
+//! The in-process API: a model that takes text or tokens and gives text.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use quaver_backends::Spec;
+use quaver_core::checkpoint::{Checkpoint, Files, GenerationConfig};
+use quaver_core::engine::{Engine, EngineOptions, FinishReason, Output, RequestId, Token};
+use quaver_core::op::DeviceInfo;
+use quaver_core::sampler::SamplingParams;
+use quaver_core::{Error, Result};
+use serde_json::Value;
+
+use crate::model;
+use crate::text::{ChatTemplate, Detokenizer, RenderOptions, StopStrings, Tokenizer};
+
+/// How a model is opened.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LlmOptions {
+    /// The device.
+    pub device: Spec,
+    /// Profile, context and memory.
+    pub engine: EngineOptions,
+}
+
+/// What to continue.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompt {
+    /// Text as it is. The begin-of-text token is put before it unless it starts with that already.
+    Text(String),
+    /// Token ids as they are.
+    Ids(Vec<u32>),
+    /// A conversation, an OpenAI `messages` array, rendered by the model's chat template.
+    Messages(Value),
+}
+
+/// One prompt, and how to go on from there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// How to choose tokens, and when to stop.
+    pub params: SamplingParams,
+    /// Texts that end the answer and are not part of it.
+    pub stop: Vec<String>,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// The text, without special tokens.
+    pub text: String,
+    /// Every token that was generated, an end-of-text token included.
+    pub token_ids: Vec<u32>,
+    /// The prompt's tokens.
+    pub prompt_token_ids: Vec<u32>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// One a token, where asked for.
+    pub logprobs: Option<Vec<Token>>,
+    /// One a token of the prompt, None for the first, where asked for.
+    pub prompt_logprobs: Option<Vec<Option<Token>>>,
+    /// From the start of the batch to this answer's first token.
+    pub ttft_ms: f64,
+    /// Tokens a second behind the first one; 0 where there is none.
+    pub decode_tokens_per_s: f64,
+}
+
+/// A model on a device.
+///
+/// ```
+/// use quaver::{Llm, SamplingParams};
+///
+/// let mut llm = Llm::demo()?;
+/// let params = SamplingParams { temperature: 0.0, max_tokens: 32, ..llm.sampling_defaults() };
+/// let outputs = llm.chat(&[serde_json::json!([{"role": "user", "content": "Who is Captain Hook?"}])], &params)?;
+/// assert_eq!(outputs[0].text, "Captain Hook is a pirate, and the great enemy of Peter Pan.");
+/// # Ok::<(), quaver::Error>(())
+/// ```
+pub struct Llm {
+    engine: Engine,
+    name: String,
+    defaults: GenerationConfig,
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+    bos: Option<String>,
+}
+
+impl Llm {
+    /// Opens a model in a folder on the best device of this machine.
+    ///
+    /// ```no_run
+    /// use quaver::Llm;
+    ///
+    /// let mut llm = Llm::open("Llama-3.2-1B-Instruct-FP8")?;
+    /// let params = llm.sampling_defaults();
+    /// for output in llm.generate(&["The capital of France is"], &params)? {
+    ///     println!("{}", output.text);
+    /// }
+    /// # Ok::<(), quaver::Error>(())
+    /// ```
+    pub fn open(model: &str) -> Result<Self> {
+        Self::with_options(Some(model), &LlmOptions::default())
+    }
+
+    /// Opens the built-in demo model.
+    pub fn demo() -> Result<Self> {
+        Self::with_options(None, &LlmOptions::default())
+    }
+
+    /// Opens a model in a folder, or the demo model, with options.
+    pub fn with_options(model: Option<&str>, options: &LlmOptions) -> Result<Self> {
+        let files = model::files(model)?;
+        let checkpoint = Checkpoint::open(files.clone())?;
+        let tokenizer = files.get("tokenizer.json")?.map(|json| Tokenizer::from_json(&json)).transpose()?;
+        let bos = checkpoint.generation().bos.zip(tokenizer.as_ref()).and_then(|(id, t)| t.id_to_token(id));
+        let engine = Engine::new(&checkpoint, quaver_backends::open(&options.device)?, &options.engine)?;
+        Ok(Llm {
+            engine,
+            name: files.name(),
+            defaults: checkpoint.generation().clone(),
+            tokenizer,
+            template: template(&files)?,
+            bos,
+        })
+    }
+
+    /// The model's name: its folder, or `quaver-demo`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it runs on.
+    pub fn device(&self) -> DeviceInfo {
+        self.engine.device()
+    }
+
+    /// Tokens that a prompt and its answer can have together.
+    pub fn max_model_len(&self) -> usize {
+        self.engine.max_model_len()
+    }
+
+    /// True where the model brings a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// The sampling that the model's `generation_config.json` recommends.
+    pub fn sampling_defaults(&self) -> SamplingParams {
+        let (config, open) = (&self.defaults, SamplingParams::default());
+        let greedy = config.do_sample == Some(false);
+        SamplingParams {
+            temperature: if greedy { 0.0 } else { config.temperature.unwrap_or(open.temperature) },
+            top_p: config.top_p.unwrap_or(open.top_p),
+            top_k: config.top_k.unwrap_or(open.top_k),
+            min_p: config.min_p.unwrap_or(open.min_p),
+            repetition_penalty: config.repetition_penalty.unwrap_or(open.repetition_penalty),
+            ..open
+        }
+    }
+
+    /// Continues texts, as one batch; the outputs are in the order of the prompts.
+    pub fn generate(&mut self, prompts: &[impl AsRef<str>], params: &SamplingParams) -> Result<Vec<Completion>> {
+        self.run_all(prompts.iter().map(|prompt| Prompt::Text(prompt.as_ref().to_owned())), params)
+    }
+
+    /// Answers conversations (OpenAI `messages` arrays), as one batch.
+    pub fn chat(&mut self, conversations: &[Value], params: &SamplingParams) -> Result<Vec<Completion>> {
+        self.run_all(conversations.iter().cloned().map(Prompt::Messages), params)
+    }
+
+    fn run_all(&mut self, prompts: impl Iterator<Item = Prompt>, params: &SamplingParams) -> Result<Vec<Completion>> {
+        let request = |prompt| Request { prompt, params: params.clone(), stop: Vec::new() };
+        self.run(prompts.map(request).collect(), |_, _| ControlFlow::Continue(()))
+    }
+
+    /// The tokens of a prompt.
+    ///
+    /// ```
+    /// use quaver::{Llm, Prompt};
+    ///
+    /// let llm = Llm::demo()?;
+    /// assert_eq!(llm.encode(&Prompt::Text("It was".into()))?, [4080, 895, 305]);
+    /// # Ok::<(), quaver::Error>(())
+    /// ```
+    pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        match prompt {
+            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Text(text) => {
+                let has_bos = self.bos.as_ref().is_some_and(|bos| text.starts_with(bos));
+                self.tokenizer()?.encode(text, !has_bos)
+            }
+            Prompt::Messages(messages) => {
+                let why = "this model brings none; give a plain text (--raw)";
+                let template = self.template.as_ref().ok_or_else(|| Error::text("chat template", why))?;
+                let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+                self.tokenizer()?.encode_chat(template, messages, &options)
+            }
+        }
+    }
+
+    fn tokenizer(&self) -> Result<&Tokenizer> {
+        let missing =
+            || Error::text("tokenizer.json", format!("{} has none; give token ids (--prompt-ids)", self.name));
+        self.tokenizer.as_ref().ok_or_else(missing)
+    }
+
+    /// Runs requests as one batch. `on_text` is called with a request's number and each piece of its text as soon as it
+    /// is certain; where it breaks, that request ends there.
+    pub fn run(
+        &mut self,
+        requests: Vec<Request>,
+        mut on_text: impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<Vec<Completion>> {
+        let start = Instant::now();
+        let mut answers = Vec::new();
+        let submitted = requests.into_iter().try_for_each(|request| {
+            answers.push(Answer::submit(self, request)?);
+            Ok(())
+        });
+        let run = submitted.and_then(|()| {
+            while !self.engine.is_idle() {
+                for (id, output) in self.engine.step()? {
+                    let Some(i) = answers.iter().position(|answer| answer.id == id) else { continue };
+                    let flow = answers[i].take(output, start, &mut |text| on_text(i, text))?;
+                    if flow.is_break() && answers[i].finish_reason.is_none() {
+                        answers[i].finish_reason = Some(FinishReason::Stop);
+                        self.engine.cancel(id);
+                    }
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = run {
+            answers.iter().for_each(|answer| self.engine.cancel(answer.id));
+            return Err(error);
+        }
+        Ok(answers.into_iter().map(Answer::completion).collect())
+    }
+}
+
+fn template(files: &Files) -> Result<Option<ChatTemplate>> {
+    let (config, jinja) = (files.get("tokenizer_config.json")?, files.get("chat_template.jinja")?);
+    let Some(template) = ChatTemplate::from_files(config.as_deref(), jinja.as_deref())? else { return Ok(None) };
+    match files.get("special_tokens_map.json")? {
+        Some(map) => template.with_special_tokens_map(&map).map(Some),
+        None => Ok(Some(template)),
+    }
+}
+
+/// A request under way.
+struct Answer {
+    id: RequestId,
+    detokenizer: Option<Detokenizer>,
+    stops: StopStrings,
+    text: String,
+    token_ids: Vec<u32>,
+    prompt_token_ids: Vec<u32>,
+    finish_reason: Option<FinishReason>,
+    logprobs: Option<Vec<Token>>,
+    prompt_logprobs: Option<Vec<Option<Token>>>,
+    first: Option<(Instant, f64)>,
+    last: Option<Instant>,
+}
+
+impl Answer {
+    fn submit(llm: &mut Llm, request: Request) -> Result<Self> {
+        let Request { prompt, params, stop } = request;
+        let stops = StopStrings::new(&stop)?;
+        let prompt_token_ids = llm.encode(&prompt)?;
+        let logprobs = params.logprobs.map(|_| Vec::new());
+        let prompt_logprobs = params.prompt_logprobs.map(|_| vec![None]);
+        Ok(Answer {
+            id: llm.engine.submit(&prompt_token_ids, params)?,
+            detokenizer: llm.tokenizer.as_ref().map(|tokenizer| tokenizer.detokenizer(true)),
+            stops,
+            text: String::new(),
+            token_ids: Vec::new(),
+            prompt_token_ids,
+            finish_reason: None,
+            logprobs,
+            prompt_logprobs,
+            first: None,
+            last: None,
+        })
+    }
+
+    /// Takes what a step brought; breaks where the request should end.
+    fn take(
+        &mut self,
+        output: Output,
+        start: Instant,
+        on_text: &mut impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>> {
+        match output {
+            Output::Prompt(scores) => {
+                if let Some(logprobs) = &mut self.prompt_logprobs {
+                    logprobs.extend(scores.into_iter().map(Some));
+                }
+                Ok(ControlFlow::Continue(()))
+            }
+            Output::Token(token) => {
+                let now = Instant::now();
+                self.first.get_or_insert_with(|| (now, (now - start).as_secs_f64() * 1e3));
+                self.last = Some(now);
+                self.token_ids.push(token.id);
+                let text = self.detokenizer.as_mut().map(|d| d.push(token.id)).transpose()?.unwrap_or_default();
+                if let Some(logprobs) = &mut self.logprobs {
+                    logprobs.push(token);
+                }
+                let piece = self.stops.push(&text);
+                let flow = self.emit(&piece.text, on_text);
+                Ok(if piece.stopped.is_some() { ControlFlow::Break(()) } else { flow })
+            }
+            Output::Finished(reason) => {
+                self.finish_reason = Some(reason);
+                let rest = self.detokenizer.as_mut().map(Detokenizer::finish).unwrap_or_default();
+                let piece = self.stops.push(&rest);
+                let held = if piece.stopped.is_some() { String::new() } else { self.stops.finish() };
+                Ok(self.emit(&(piece.text + &held), on_text))
+            }
+            Output::Failed(error) => Err(error),
+        }
+    }
+
+    fn emit(&mut self, text: &str, on_text: &mut impl FnMut(&str) -> ControlFlow<()>) -> ControlFlow<()> {
+        if text.is_empty() {
+            return ControlFlow::Continue(());
+        }
+        self.text.push_str(text);
+        on_text(text)
+    }
+
+    fn completion(self) -> Completion {
+        let decode_s = self.first.zip(self.last).map_or(0.0, |((first, _), last)| (last - first).as_secs_f64());
+        let decoded = self.token_ids.len().saturating_sub(1) as f64;
+        Completion {
+            text: self.text,
+            token_ids: self.token_ids,
+            prompt_token_ids: self.prompt_token_ids,
+            finish_reason: self.finish_reason.unwrap_or(FinishReason::Stop),
+            logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+            ttft_ms: self.first.map_or(0.0, |(_, ms)| ms),
+            decode_tokens_per_s: if decode_s > 0.0 { decoded / decode_s } else { 0.0 },
+        }
+    }
+}
