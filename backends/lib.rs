@@ -2,6 +2,8 @@
 
 pub mod cpu;
 
+use self::cpu::isa::Isa;
+
 use std::fmt;
 
 use quaver_core::op::{Backend, DeviceInfo};
@@ -41,7 +43,7 @@ impl fmt::Display for Kind {
 }
 
 /// Which device to open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Spec {
     /// The backend.
     pub kind: Kind,
@@ -49,6 +51,18 @@ pub struct Spec {
     pub device: usize,
     /// Threads of the cpu backend; None for one a core.
     pub threads: Option<usize>,
+    /// Which of its kernels, where it has several for the same thing; None for the best. On the cpu: an instruction set.
+    pub variant: Option<String>,
+}
+
+impl fmt::Display for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind.name())?;
+        if self.device > 0 {
+            write!(f, "{}", self.device)?;
+        }
+        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "-{variant}"))
+    }
 }
 
 /// Opens a device. What was chosen, and why, is one line in the log.
@@ -59,7 +73,7 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
         return Err(Error::device(spec.kind.name(), why));
     }
     let backend: Box<dyn Backend> = match spec.kind {
-        Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads)?),
+        Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads, spec.variant.as_deref())?),
         Kind::Reference => Box::new(Reference::open()),
     };
     let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();
@@ -81,7 +95,20 @@ pub struct Device {
 /// Every device that [`open`] can open, the one that `auto` takes first.
 pub fn devices() -> Vec<Device> {
     vec![
-        Device { kind: Kind::Cpu, index: 0, info: cpu::describe(cpu::default_threads()) },
+        Device { kind: Kind::Cpu, index: 0, info: cpu::describe(cpu::default_threads(), Isa::all()[0]) },
         Device { kind: Kind::Reference, index: 0, info: Reference::open().describe() },
     ]
+}
+
+/// Every device with each variant of its kernels that it can run: what tests and parity runs go through.
+pub fn variants() -> Vec<Spec> {
+    let mut specs = Vec::new();
+    for Device { kind, index: device, .. } in devices() {
+        let names = match kind {
+            Kind::Cpu => Isa::all().iter().map(|isa| Some(isa.name().to_owned())).collect(),
+            Kind::Auto | Kind::Reference => vec![None],
+        };
+        specs.extend(names.into_iter().map(|variant| Spec { kind, device, threads: None, variant }));
+    }
+    specs
 }

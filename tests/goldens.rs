@@ -4,7 +4,7 @@
 mod support;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use quaver_backends::Kind;
+use quaver_backends::{Kind, Spec};
 use quaver_core::checkpoint::{Checkpoint, InputScale, LinearWeight};
 use quaver_core::engine::{Engine, EngineOptions, Output};
 use quaver_core::llama::Profile;
@@ -38,10 +38,11 @@ const KL_FAST: f64 = 5e-3;
 fn main() {
     let args = Arguments::from_args();
     let mut trials = Vec::new();
-    for kind in [Kind::Cpu, Kind::Reference] {
+    for spec in quaver_backends::variants() {
         for model in MODELS {
-            let mut add = |name: &str, test: fn(Kind, &str) -> Result<(), Failed>| {
-                trials.push(Trial::test(format!("{kind}::{model}::{name}"), move || test(kind, model)));
+            let mut add = |name: &str, test: fn(&Spec, &str) -> Result<(), Failed>| {
+                let spec = spec.clone();
+                trials.push(Trial::test(format!("{spec}::{model}::{name}"), move || test(&spec, model)));
             };
             add("layers", layers);
             add("linears", linears);
@@ -63,9 +64,9 @@ fn ensure(ok: bool, message: String) -> Result<(), Failed> {
 }
 
 /// Each layer from the golden h{i} to h{i+1}.
-fn layers(kind: Kind, model: &str) -> Result<(), Failed> {
+fn layers(spec: &Spec, model: &str) -> Result<(), Failed> {
     let hidden = Tensors::open("hidden.safetensors");
-    let mut runner = Runner::new(&checkpoints::open(model), kind, Profile::Exact, 128);
+    let mut runner = Runner::new(&checkpoints::open(model), spec, Profile::Exact, 128);
     let (mut flips, mut worst) = (0, 0f64);
     for (prompt, ids) in hidden_prompts() {
         let mut input = hidden.f32(&format!("{prompt}/h0"));
@@ -78,7 +79,7 @@ fn layers(kind: Kind, model: &str) -> Result<(), Failed> {
             input = want;
         }
     }
-    eprintln!("{kind} {model}: layers within {worst:.1e}, {flips} FP8 ties rounded the other way");
+    eprintln!("{spec} {model}: layers within {worst:.1e}, {flips} FP8 ties rounded the other way");
     ensure(model != "tiny-llama" || flips == 0, "a model without FP8 has no ties".into())
 }
 
@@ -88,15 +89,15 @@ fn hidden_prompts() -> impl Iterator<Item = (String, Vec<u32>)> {
 }
 
 /// Each projection of layer 0 from its golden input.
-fn linears(kind: Kind, model: &str) -> Result<(), Failed> {
-    for (name, error) in linear_errors(kind, model, &checkpoints::open(model)) {
+fn linears(spec: &Spec, model: &str) -> Result<(), Failed> {
+    for (name, error) in linear_errors(spec, model, &checkpoints::open(model)) {
         ensure(error <= LAYER, format!("{name}: {error:.1e}"))?;
     }
     Ok(())
 }
 
 /// The errors of layer 0's projections against the goldens of `model`, with the weights of any checkpoint.
-fn linear_errors(kind: Kind, model: &str, checkpoint: &Checkpoint) -> Vec<(String, f64)> {
+fn linear_errors(spec: &Spec, model: &str, checkpoint: &Checkpoint) -> Vec<(String, f64)> {
     let hidden = Tensors::open("hidden.safetensors");
     let config = checkpoint.config();
     let (d, f) = (config.hidden, config.intermediate);
@@ -113,15 +114,15 @@ fn linear_errors(kind: Kind, model: &str, checkpoint: &Checkpoint) -> Vec<(Strin
     ];
     let errors = projections.map(|(name, source, n, k)| {
         let golden = |name: &str, end: &str| hidden.f32(&format!("{model}/chat_short/layer0.{name}.{end}"));
-        let got = linear(kind, checkpoint, &format!("model.layers.0.{name}"), n, k, &golden(source, "in"));
+        let got = linear(spec, checkpoint, &format!("model.layers.0.{name}"), n, k, &golden(source, "in"));
         (name.to_owned(), relative_rms(&got, &golden(name, "out")))
     });
     errors.to_vec()
 }
 
 /// A projection of a checkpoint as a program of two ops.
-fn linear(kind: Kind, checkpoint: &Checkpoint, module: &str, n: usize, k: usize, input: &[f32]) -> Vec<f32> {
-    let mut runner = Runner::new(checkpoint, kind, Profile::Exact, input.len() / k);
+fn linear(spec: &Spec, checkpoint: &Checkpoint, module: &str, n: usize, k: usize, input: &[f32]) -> Vec<f32> {
+    let mut runner = Runner::new(checkpoint, spec, Profile::Exact, input.len() / k);
     let m = input.len() / k;
     let weights = checkpoint.linear(module, n, k).unwrap();
     let mut alloc =
@@ -154,9 +155,9 @@ fn linear(kind: Kind, checkpoint: &Checkpoint, module: &str, n: usize, k: usize,
 }
 
 /// Last-position logits of every prompt.
-fn logits(kind: Kind, model: &str) -> Result<(), Failed> {
+fn logits(spec: &Spec, model: &str) -> Result<(), Failed> {
     let goldens = Tensors::open("logits.safetensors");
-    let mut runner = Runner::new(&checkpoints::open(model), kind, Profile::Exact, 2048);
+    let mut runner = Runner::new(&checkpoints::open(model), spec, Profile::Exact, 2048);
     let bound = if model == "tiny-llama" { LOGITS_BF16 } else { LOGITS };
     for prompt in goldens::prompts() {
         let got = runner.logits(&prompt.ids, 1);
@@ -167,12 +168,12 @@ fn logits(kind: Kind, model: &str) -> Result<(), Failed> {
 }
 
 /// The most probable token behind every token of the golden continuations, computed by the engine.
-fn teacher_forced(kind: Kind, model: &str) -> Result<(), Failed> {
+fn teacher_forced(spec: &Spec, model: &str) -> Result<(), Failed> {
     let goldens = goldens::goldens();
-    let mut engine = engine(&checkpoints::open(model), kind, Profile::Exact);
+    let mut engine = engine(&checkpoints::open(model), spec, Profile::Exact);
     let (mut steps, mut clear) = (0, 0);
     // The other program's continuations differ in few steps: the slow backend is spared them.
-    let programs = if kind == Kind::Reference { &["hf_f32"][..] } else { &["hf_f32", "emu_f32"] };
+    let programs = if spec.kind == Kind::Reference { &["hf_f32"][..] } else { &["hf_f32", "emu_f32"] };
     for program in programs {
         for prompt in goldens::prompts() {
             let golden = &goldens[model][*program].prompts[&prompt.name];
@@ -193,10 +194,9 @@ fn teacher_forced(kind: Kind, model: &str) -> Result<(), Failed> {
     ensure(clear * 10 > steps * 8, format!("only {clear} of {steps} steps allow a verdict"))
 }
 
-fn engine(checkpoint: &Checkpoint, kind: Kind, profile: Profile) -> Engine {
-    let spec = quaver_backends::Spec { kind, ..Default::default() };
+fn engine(checkpoint: &Checkpoint, spec: &Spec, profile: Profile) -> Engine {
     let options = EngineOptions { profile, ..EngineOptions::default() };
-    Engine::new(checkpoint, quaver_backends::open(&spec).unwrap(), &options).unwrap()
+    Engine::new(checkpoint, quaver_backends::open(spec).unwrap(), &options).unwrap()
 }
 
 /// The scores of all tokens but the first, with `top_n` alternatives.
@@ -216,12 +216,12 @@ fn score(engine: &mut Engine, ids: &[u32], top_n: usize) -> Vec<quaver_core::eng
 }
 
 /// Perplexity of the held-out text.
-fn perplexity(kind: Kind, model: &str) -> Result<(), Failed> {
-    within_perplexity(kind, model, Profile::Exact, PERPLEXITY)
+fn perplexity(spec: &Spec, model: &str) -> Result<(), Failed> {
+    within_perplexity(spec, model, Profile::Exact, PERPLEXITY)
 }
 
-fn within_perplexity(kind: Kind, model: &str, profile: Profile, bound: f64) -> Result<(), Failed> {
-    let mut engine = engine(&checkpoints::open(model), kind, profile);
+fn within_perplexity(spec: &Spec, model: &str, profile: Profile, bound: f64) -> Result<(), Failed> {
+    let mut engine = engine(&checkpoints::open(model), spec, profile);
     let (mut nll, mut tokens) = (0.0, 0);
     for window in goldens::windows() {
         let scores = score(&mut engine, &window, 0);
@@ -230,16 +230,16 @@ fn within_perplexity(kind: Kind, model: &str, profile: Profile, bound: f64) -> R
     }
     let (got, want) = ((nll / tokens as f64).exp(), goldens::goldens()[model]["hf_f32"].ppl);
     let error = (got / want - 1.0).abs();
-    eprintln!("{kind} {model} {profile:?}: perplexity {got:.4}, Hugging Face {want:.4}, off by {:.3}%", 100.0 * error);
+    eprintln!("{spec} {model} {profile:?}: perplexity {got:.4}, Hugging Face {want:.4}, off by {:.3}%", 100.0 * error);
     ensure(tokens == 8960 && error <= bound, format!("perplexity {got} of {tokens} tokens, golden {want}"))
 }
 
 /// The fast profile against Hugging Face's perplexity, and its distributions against the exact profile's.
-fn fast_profile(kind: Kind, model: &str) -> Result<(), Failed> {
-    within_perplexity(kind, model, Profile::Fast, PERPLEXITY_FAST)?;
+fn fast_profile(spec: &Spec, model: &str) -> Result<(), Failed> {
+    within_perplexity(spec, model, Profile::Fast, PERPLEXITY_FAST)?;
     let checkpoint = checkpoints::open(model);
     let [mut exact, mut fast] =
-        [Profile::Exact, Profile::Fast].map(|profile| Runner::new(&checkpoint, kind, profile, 257));
+        [Profile::Exact, Profile::Fast].map(|profile| Runner::new(&checkpoint, spec, profile, 257));
     let vocab = checkpoint.config().vocab;
     let (mut kl, mut rows) = (0.0, 0);
     for window in goldens::windows().iter().take(4) {
@@ -248,7 +248,7 @@ fn fast_profile(kind: Kind, model: &str) -> Result<(), Failed> {
         rows += window.len();
     }
     let kl = kl / rows as f64;
-    eprintln!("{kind} {model}: KL of fast from exact {kl:.1e} nats a token");
+    eprintln!("{spec} {model}: KL of fast from exact {kl:.1e} nats a token");
     ensure(kl <= KL_FAST, format!("KL {kl:.2e}"))
 }
 
@@ -267,25 +267,25 @@ fn divergence(p: &[f32], q: &[f32]) -> f64 {
 }
 
 /// Weights alone in FP8 are not this checkpoint's arithmetic, and the tests see it.
-fn control_weight_only_fails(kind: Kind, model: &str) -> Result<(), Failed> {
+fn control_weight_only_fails(spec: &Spec, model: &str) -> Result<(), Failed> {
     let checkpoint = checkpoints::open_with_config(model, &format!("{model}-weight-only"), |config| {
         config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = serde_json::Value::Null;
     });
-    control_fails(kind, model, &checkpoint)
+    control_fails(spec, model, &checkpoint)
 }
 
 /// Neither is the unquantized model.
-fn control_bf16_checkpoint_fails(kind: Kind, model: &str) -> Result<(), Failed> {
-    control_fails(kind, model, &checkpoints::open("tiny-llama"))
+fn control_bf16_checkpoint_fails(spec: &Spec, model: &str) -> Result<(), Failed> {
+    control_fails(spec, model, &checkpoints::open("tiny-llama"))
 }
 
 /// Every linear and every layer is far outside the bound, ties settled or not.
-fn control_fails(kind: Kind, model: &str, checkpoint: &Checkpoint) -> Result<(), Failed> {
-    for (name, error) in linear_errors(kind, model, checkpoint) {
+fn control_fails(spec: &Spec, model: &str, checkpoint: &Checkpoint) -> Result<(), Failed> {
+    for (name, error) in linear_errors(spec, model, checkpoint) {
         ensure(error > 100.0 * LAYER, format!("{name} passes the control: {error:.1e}"))?;
     }
     let hidden = Tensors::open("hidden.safetensors");
-    let mut runner = Runner::new(checkpoint, kind, Profile::Exact, 128);
+    let mut runner = Runner::new(checkpoint, spec, Profile::Exact, 128);
     for (prompt, ids) in hidden_prompts() {
         for layer in 0..runner.llama.config.layers {
             let input = match layer {

@@ -1,10 +1,10 @@
-//! Every parity case on every device of this machine, `cpu::linear::fp8_static_m17_n48_k2048` and so on.
+//! Every parity case on every device of this machine and with all its kernels, `cpu-avx2::linear::fp8_static_m17_n48_k2048` and so on.
 //! `QUAVER_PARITY_SEED=7 cargo test --test parity` draws other numbers;
 //! `QUAVER_PARITY_VERBOSE=1` prints how near each case came to its bound.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use quaver::parity::{self, DEFAULT_SEED};
-use quaver_backends::{Kind, Spec, devices, open};
+use quaver_backends::{Kind, Spec, open, variants};
 
 fn main() {
     let seed = match std::env::var("QUAVER_PARITY_SEED") {
@@ -13,14 +13,10 @@ fn main() {
     };
     let cases = parity::cases(seed);
     let mut trials = Vec::new();
-    for device in devices().into_iter().filter(|device| device.kind != Kind::Reference) {
-        let spec = Spec { kind: device.kind, device: device.index, threads: None };
+    for spec in variants().into_iter().filter(|spec| spec.kind != Kind::Reference) {
         for case in cases.clone() {
-            let name = match device.index {
-                0 => format!("{}::{}", device.kind, case.name),
-                index => format!("{}{index}::{}", device.kind, case.name),
-            };
-            trials.push(Trial::test(name, move || trial(&spec, &case)));
+            let spec = spec.clone();
+            trials.push(Trial::test(format!("{spec}::{}", case.name), move || trial(&spec, &case)));
         }
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();

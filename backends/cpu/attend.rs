@@ -7,7 +7,7 @@ use quaver_core::host::{KvIn, RowsIn};
 use quaver_core::op::Heads;
 use rayon::prelude::*;
 
-use super::linear::dot;
+use super::portable::dot;
 
 /// See [`quaver_core::reference::attend`]; `attended` is scratch.
 pub fn attend(attended: &mut Vec<f32>, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {

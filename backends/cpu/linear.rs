@@ -1,101 +1,121 @@
-//! `Linear` on the cpu: blocks of output channels go to the threads, which decode them once for all rows.
+//! `Linear` on the cpu: blocks of output channels go to the threads; each block is decoded once for all rows, or in
+//! registers where there is only one. What is done with the elements is a [`Path`]'s affair.
 
-use quaver_core::host::slices::{ActIn, ColsOut, Slice, SliceMut, WeightIn};
+use half::bf16;
+use quaver_core::host::slices::{ActIn, ColsOut, ScaleIn, Slice, SliceMut, WeightIn};
 use rayon::prelude::*;
 
-/// Output channels that are decoded together: an activation is read once for all of them.
-const CHANNELS: usize = 4;
+use super::isa::Isa;
 
-/// Partial sums of a dot product: two SSE or NEON registers, one AVX register.
-const LANES: usize = 8;
+/// A way to take dot products: an instruction set, and what elements are decoded to.
+pub trait Path: Copy + Send + Sync {
+    /// What elements are decoded to.
+    type Element: Copy + Default + Send + Sync + 'static;
 
-/// Kept between calls.
-#[derive(Default)]
-pub struct Scratch {
-    /// `[m, k]`: decoded activations.
-    x: Vec<f32>,
-    /// `[n, m]`: products, channel by channel.
-    y: Vec<f32>,
+    /// Elements that a row of `k` takes, zeros behind it included.
+    fn padded(self, k: usize) -> usize;
+
+    /// A row of activations, for a weight of the kind of `w`, padded with zeros.
+    fn decode_x(self, x: Slice, w: Slice, into: &mut [Self::Element]);
+
+    /// A row of a weight, padded with zeros.
+    fn decode_w(self, w: Slice, into: &mut [Self::Element]);
+
+    /// `y[n] = x[padded] . w[n, k]^T`, the weight decoded in registers.
+    fn row(self, x: &[Self::Element], w: Slice, k: usize, y: &mut [f32]);
+
+    /// `y[rows, n] = x[rows, padded] . w[n, padded]^T` for at most [`ROWS`] rows. Bit for bit what `row` gives.
+    fn rows(self, x: &[Self::Element], w: &[Self::Element], padded: usize, y: &mut [f32]);
 }
 
-/// See [`quaver_core::reference::linear`]; sums are taken in f32, in [`LANES`] parts.
-pub fn linear(scratch: &mut Scratch, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
-    let (m, n) = (x.data.len() / k, w.data.len() / k);
-    if m == 0 {
+/// Rows that [`Path::rows`] takes at a time.
+pub const ROWS: usize = 6;
+
+/// Decoded weights that a thread keeps at a time: a part of its second-level cache.
+const BLOCK_BYTES: usize = 256 << 10;
+
+/// Kept between calls, one a kind of element.
+#[derive(Default)]
+pub struct Scratch {
+    bf16: Vec<bf16>,
+    f32: Vec<f32>,
+}
+
+/// See [`quaver_core::reference::linear`].
+pub fn linear(isa: Isa, scratch: &mut Scratch, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
+    let narrow = |data: Slice| matches!(data, Slice::E4m3(_) | Slice::Bf16(_));
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(path, _) if narrow(x.data) && narrow(w.data) => run(path, &mut scratch.bf16, x, w, k, out, add),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_, path) | Isa::Avx2(path) => run(path, &mut scratch.f32, x, w, k, out, add),
+        Isa::Portable(path) => run(path, &mut scratch.f32, x, w, k, out, add),
+    }
+}
+
+fn run<P: Path>(path: P, decoded: &mut Vec<P::Element>, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
+    let (m, n, padded) = (x.data.len() / k, w.data.len() / k, path.padded(k));
+    if m == 0 || n == 0 {
         return;
     }
-    let values = match x.data {
-        Slice::F32(values) => values,
-        codes => {
-            scratch.x.resize(m * k, 0.0);
-            codes.load(&mut scratch.x);
-            &scratch.x
-        }
-    };
-    scratch.y.resize(n * m, 0.0);
-    scratch.y.par_chunks_mut(CHANNELS * m).enumerate().for_each_init(
-        || vec![0.0; CHANNELS * k],
-        |block, (i, y)| {
-            let first = i * CHANNELS;
-            let channels = y.len() / m;
-            w.data.range(first * k, channels * k).load(&mut block[..channels * k]);
-            for (row, x_row) in values.chunks_exact(k).enumerate() {
-                let products = dots(x_row, block, k);
-                for (c, product) in products.into_iter().take(channels).enumerate() {
-                    let w_scale = w.scale.map_or(1.0, |scale| scale[first + c]);
-                    y[c * m + row] = product * x.scale.row(row) * w_scale;
+    decoded.resize(m * padded, P::Element::default());
+    let decode = |(i, row): (usize, &mut [P::Element])| path.decode_x(x.data.row(i, k), w.data, row);
+    match m {
+        1 => decode((0, decoded)),
+        _ => decoded.par_chunks_mut(padded).enumerate().for_each(decode),
+    }
+    let x_decoded: &[P::Element] = decoded;
+    let scales = Scales { x: x.scale, w: w.scale, add };
+    let most = (BLOCK_BYTES / (padded * size_of::<P::Element>())).max(4);
+    // Enough blocks that every thread gets several.
+    let block = n.div_ceil(4 * rayon::current_num_threads()).min(most).next_multiple_of(4);
+    let blocks = out.blocks(block).into_par_iter().enumerate();
+    if m == 1 {
+        blocks.for_each_init(Vec::new, |y, (i, mut out)| {
+            let (first, count) = (i * block, out[0].len());
+            y.resize(count, 0.0);
+            path.row(x_decoded, w.data.range(first * k, count * k), k, y);
+            scales.store(0, first, y, &mut out[0]);
+        });
+        return;
+    }
+    blocks.for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(weights, y), (i, mut out)| {
+            let (first, count) = (i * block, out[0].len());
+            weights.resize(count * padded, P::Element::default());
+            for (i, row) in weights.chunks_exact_mut(padded).enumerate() {
+                path.decode_w(w.data.row(first + i, k), row);
+            }
+            for (i, (x, out)) in x_decoded.chunks(ROWS * padded).zip(out.chunks_mut(ROWS)).enumerate() {
+                y.resize(out.len() * count, 0.0);
+                path.rows(x, weights, padded, y);
+                for ((row, y), out) in y.chunks_exact_mut(count).enumerate().zip(out) {
+                    scales.store(i * ROWS + row, first, y, out);
                 }
             }
         },
     );
-    let y = &scratch.y;
-    out.rows().into_par_iter().enumerate().for_each(|(row, out)| {
-        let products = y.iter().skip(row).step_by(m);
+}
+
+/// What results are multiplied by on their way out, and whether they are added to what is there.
+struct Scales<'a> {
+    x: ScaleIn<'a>,
+    w: Option<&'a [f32]>,
+    add: bool,
+}
+
+impl Scales<'_> {
+    /// Stores a row's products for the channels from `first` on.
+    fn store(&self, row: usize, first: usize, products: &mut [f32], out: &mut SliceMut) {
+        let scale = self.x.row(row);
+        match self.w {
+            Some(w) => products.iter_mut().zip(&w[first..]).for_each(|(y, w)| *y = *y * scale * w),
+            None => products.iter_mut().for_each(|y| *y *= scale),
+        }
         match out {
-            SliceMut::F32(out) if add => out.iter_mut().zip(products).for_each(|(out, y)| *out += y),
-            SliceMut::F32(out) => out.iter_mut().zip(products).for_each(|(out, y)| *out = *y),
-            SliceMut::Bf16(out) => {
-                out.iter_mut().zip(products).for_each(|(out, y)| *out = half::bf16::from_f32(*y));
-            }
-            SliceMut::E4m3(_) => unreachable!("checked by record"),
-        }
-    });
-}
-
-/// The dot products of `x[k]` with each row of `w[CHANNELS, k]`.
-fn dots(x: &[f32], w: &[f32], k: usize) -> [f32; CHANNELS] {
-    let whole = k - k % LANES;
-    let mut sums = [[0f32; LANES]; CHANNELS];
-    let rows: [&[f32]; CHANNELS] = std::array::from_fn(|c| &w[c * k..(c + 1) * k]);
-    for i in (0..whole).step_by(LANES) {
-        let x = &x[i..i + LANES];
-        for (sums, row) in sums.iter_mut().zip(rows) {
-            let row = &row[i..i + LANES];
-            for lane in 0..LANES {
-                sums[lane] += x[lane] * row[lane];
-            }
+            SliceMut::F32(out) if self.add => out.iter_mut().zip(products).for_each(|(out, y)| *out += *y),
+            out => out.store(products, 1.0),
         }
     }
-    std::array::from_fn(|c| {
-        let rest: f32 = x[whole..].iter().zip(&rows[c][whole..]).map(|(x, w)| x * w).sum();
-        sum(sums[c]) + rest
-    })
-}
-
-/// A balanced sum of the lanes.
-fn sum(s: [f32; LANES]) -> f32 {
-    ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]))
-}
-
-/// The dot product of two vectors.
-pub fn dot(x: &[f32], w: &[f32]) -> f32 {
-    let mut sums = [0f32; LANES];
-    let (xs, ws) = (x.chunks_exact(LANES), w.chunks_exact(LANES));
-    let rest: f32 = xs.remainder().iter().zip(ws.remainder()).map(|(x, w)| x * w).sum();
-    for (x, w) in xs.zip(ws) {
-        for lane in 0..LANES {
-            sums[lane] += x[lane] * w[lane];
-        }
-    }
-    sum(sums) + rest
 }

@@ -2,10 +2,18 @@
 //! the rows beside it: every sum is taken by one thread in an order that its length alone decides.
 
 mod attend;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub mod isa;
 mod linear;
+mod portable;
+mod simd;
 #[cfg(test)]
 mod tests;
 
+use self::isa::Isa;
 use quaver_core::host::slices::{ActIn, ActOut, ColsOut, Slice, WeightIn};
 use quaver_core::host::{HostBackend, Kernels, KvIn, RowsIn};
 use quaver_core::op::{DeviceInfo, Heads};
@@ -18,21 +26,23 @@ pub type Cpu = HostBackend<CpuKernels>;
 
 /// Kernels over a pool of threads that park while there is nothing to do.
 pub struct CpuKernels {
+    isa: Isa,
     pool: ThreadPool,
     linear: linear::Scratch,
     attended: Vec<f32>,
 }
 
-/// Opens the cpu backend with a number of threads, one a core where None.
-pub fn open(threads: Option<usize>) -> Result<Cpu> {
-    kernels(threads).map(HostBackend::new)
+/// Opens the cpu backend with a number of threads, one a core where None, and an instruction set by its name, the best
+/// of this machine where None.
+pub fn open(threads: Option<usize>, isa: Option<&str>) -> Result<Cpu> {
+    kernels(threads, Isa::find(isa)?).map(HostBackend::new)
 }
 
-fn kernels(threads: Option<usize>) -> Result<CpuKernels> {
+fn kernels(threads: Option<usize>, isa: Isa) -> Result<CpuKernels> {
     let threads = threads.unwrap_or_else(default_threads);
     let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("quaver-cpu-{i}")).build();
     let pool = pool.map_err(|e| Error::device("cpu", format!("cannot start {threads} threads: {e}")))?;
-    Ok(CpuKernels { pool, linear: linear::Scratch::default(), attended: Vec::new() })
+    Ok(CpuKernels { isa, pool, linear: linear::Scratch::default(), attended: Vec::new() })
 }
 
 /// One thread a core that this process may use.
@@ -41,11 +51,11 @@ pub fn default_threads() -> usize {
 }
 
 /// What the cpu backend is on this machine.
-pub fn describe(threads: usize) -> DeviceInfo {
+pub fn describe(threads: usize, isa: Isa) -> DeviceInfo {
     DeviceInfo {
         backend: "cpu",
         name: format!("{} x {}", threads, std::env::consts::ARCH),
-        driver: "portable vectors".into(),
+        driver: isa.name().into(),
         memory: None,
         native_fp8: false,
     }
@@ -53,7 +63,7 @@ pub fn describe(threads: usize) -> DeviceInfo {
 
 impl Kernels for CpuKernels {
     fn describe(&self) -> DeviceInfo {
-        describe(self.pool.current_num_threads())
+        describe(self.pool.current_num_threads(), self.isa)
     }
 
     fn rms_norm(&mut self, x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
@@ -76,8 +86,8 @@ impl Kernels for CpuKernels {
     }
 
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
-        let scratch = &mut self.linear;
-        self.pool.install(|| linear::linear(scratch, x, w, k, out, add));
+        let (isa, scratch) = (self.isa, &mut self.linear);
+        self.pool.install(|| linear::linear(isa, scratch, x, w, k, out, add));
     }
 
     fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {

@@ -1,10 +1,13 @@
 //! A row's result depends neither on the rows beside it nor on the number of threads.
 
+use half::bf16;
+use quaver_core::e4m3;
 use quaver_core::host::slices::{ActIn, ActOut, ColsOut, ScaleIn, ScaleOut, Slice, SliceMut, WeightIn};
 use quaver_core::host::{Kernels, KvIn, RowsIn};
 use quaver_core::op::Heads;
 use quaver_core::philox::{philox, uniform};
 
+use super::isa::Isa;
 use super::{CpuKernels, kernels};
 
 const ROWS: usize = 64;
@@ -14,36 +17,44 @@ fn numbers(n: usize, seed: u32) -> Vec<f32> {
     (0..n as u32).map(|i| uniform(philox([i, 0, 0, 0], [seed, 0])[0]) * 4.0 - 2.0).collect()
 }
 
-/// Runs `op(kernels, first row, rows)` on all rows and on some alone, on one thread, two and five: `width` results a
-/// row, whose bits must not differ.
+/// Runs `op(kernels, first row, rows)` on all rows and on some alone, on one thread, two and five, with every instruction
+/// set of this machine: `width` results a row, whose bits must not differ.
 fn assert_independent(width: usize, op: impl Fn(&mut CpuKernels, usize, usize) -> Vec<f32>) {
     let bits = |list: Vec<f32>| list.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-    let open = |threads| kernels(Some(threads)).expect("threads start");
-    let all = bits(op(&mut open(1), 0, ROWS));
-    assert_eq!(all.len(), ROWS * width);
-    for threads in [1, 2, 5] {
-        let mut kernels = open(threads);
-        assert!(bits(op(&mut kernels, 0, ROWS)) == all, "{threads} threads");
-        for (first, rows) in [(0, 1), (17, 1), (63, 1), (30, 3), (1, 63)] {
-            let alone = bits(op(&mut kernels, first, rows));
-            assert!(alone == all[first * width..][..rows * width], "{rows} rows from {first}, {threads} threads");
+    for isa in Isa::all() {
+        let open = |threads| kernels(Some(threads), isa).expect("threads start");
+        let all = bits(op(&mut open(1), 0, ROWS));
+        assert_eq!(all.len(), ROWS * width);
+        for threads in [1, 2, 5] {
+            let (mut kernels, isa) = (open(threads), isa.name());
+            assert!(bits(op(&mut kernels, 0, ROWS)) == all, "{isa}, {threads} threads");
+            for (first, rows) in [(0, 1), (17, 1), (63, 1), (30, 3), (1, 63)] {
+                let alone = bits(op(&mut kernels, first, rows));
+                let same = alone == all[first * width..][..rows * width];
+                assert!(same, "{isa}, {rows} rows from {first}, {threads} threads");
+            }
         }
     }
 }
 
 #[test]
 fn a_row_of_linear_does_not_depend_on_its_neighbours_or_on_threads() {
-    let (n, k) = (37, 523);
+    // Longer than the chunks that sums are taken in, and no multiple of anything.
+    let (n, k) = (37, 2611);
     let (x, w, scales) = (numbers(ROWS * k, 1), numbers(n * k, 2), numbers(n, 3));
-    let codes: Vec<u8> = w.iter().map(|&w| quaver_core::e4m3::encode(w * 200.0)).collect();
-    for (data, scale) in [(Slice::F32(&w), None), (Slice::E4m3(&codes), Some(&scales[..]))] {
-        assert_independent(n, |kernels, first, rows| {
-            let x = ActIn { data: Slice::F32(&x[first * k..][..rows * k]), scale: ScaleIn::None };
-            let mut y = vec![0.0; rows * n];
-            let out = ColsOut { data: SliceMut::F32(&mut y), stride: n, first: 0, n };
-            kernels.linear(x, WeightIn { data, scale }, k, out, false);
-            y
-        });
+    let codes = |x: &[f32]| x.iter().map(|&x| e4m3::encode(x * 200.0)).collect::<Vec<u8>>();
+    let narrow = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<bf16>>();
+    let (x_codes, w_codes, x_bf16, w_bf16) = (codes(&x), codes(&w), narrow(&x), narrow(&w));
+    for data in [Slice::F32(&w), Slice::Bf16(&w_bf16), Slice::E4m3(&w_codes)] {
+        for x in [Slice::F32(&x), Slice::Bf16(&x_bf16), Slice::E4m3(&x_codes)] {
+            assert_independent(n, |kernels, first, rows| {
+                let x = ActIn { data: x.range(first * k, rows * k), scale: ScaleIn::Static(0.3) };
+                let mut y = vec![0.0; rows * n];
+                let out = ColsOut { data: SliceMut::F32(&mut y), stride: n, first: 0, n };
+                kernels.linear(x, WeightIn { data, scale: Some(&scales) }, k, out, false);
+                y
+            });
+        }
     }
 }
 

@@ -311,18 +311,23 @@ impl<'a> ColsOut<'a> {
             SliceMut::E4m3(_) => unreachable!("Linear writes f32 or bf16"),
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_row_of_tiny_numbers_has_a_scale_with_a_reciprocal() {
-        for amax in [0.0, 1e-45, 1e-38, 1e-37, 5e-36] {
-            assert_eq!(dynamic_scale(&[0.0, -amax]), f32::EPSILON, "amax {amax}");
+    /// Blocks of `width` columns (the last one may be narrower), each with its part of every row: for as many tasks.
+    pub fn blocks(self, width: usize) -> Vec<Vec<SliceMut<'a>>> {
+        let mut blocks: Vec<Vec<_>> = (0..self.n.div_ceil(width)).map(|_| Vec::new()).collect();
+        for row in self.rows() {
+            match row {
+                SliceMut::F32(x) => {
+                    blocks.iter_mut().zip(x.chunks_mut(width)).for_each(|(block, x)| block.push(SliceMut::F32(x)));
+                }
+                SliceMut::Bf16(x) => {
+                    blocks.iter_mut().zip(x.chunks_mut(width)).for_each(|(block, x)| block.push(SliceMut::Bf16(x)));
+                }
+                SliceMut::E4m3(x) => {
+                    blocks.iter_mut().zip(x.chunks_mut(width)).for_each(|(block, x)| block.push(SliceMut::E4m3(x)));
+                }
+            }
         }
-        assert_eq!(dynamic_scale(&[0.0, -6e-36]), 6e-36 / 448.0);
-        assert_eq!(dynamic_scale(&[-448.0, 1.0]), 1.0);
+        blocks
     }
 }

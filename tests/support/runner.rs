@@ -1,7 +1,7 @@
 //! A model on a backend, run without the engine: whole programs and single layers.
 
 use bytemuck::{cast_slice, cast_slice_mut};
-use quaver_backends::{Kind, Spec};
+use quaver_backends::Spec;
 use quaver_core::batch::Batch;
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::llama::{KvCache, Llama, Profile, Sizes};
@@ -17,8 +17,8 @@ const PAGE_TOKENS: usize = 16;
 
 impl Runner {
     /// A model for one sequence of at most `context` tokens, all of them in one step.
-    pub fn new(checkpoint: &Checkpoint, kind: Kind, profile: Profile, context: usize) -> Self {
-        let mut backend = quaver_backends::open(&Spec { kind, ..Spec::default() }).unwrap();
+    pub fn new(checkpoint: &Checkpoint, spec: &Spec, profile: Profile, context: usize) -> Self {
+        let mut backend = quaver_backends::open(spec).unwrap();
         let pages = context.div_ceil(PAGE_TOKENS);
         let sizes = Sizes { rows: context, wanted: context, sequences: 1, context, pages, page_tokens: PAGE_TOKENS };
         let llama = Llama::load(checkpoint, &mut *backend, profile, KvCache::Auto, sizes).unwrap();

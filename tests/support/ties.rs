@@ -27,6 +27,14 @@ pub struct Tie {
     other: u8,
 }
 
+/// A run of the layer with some ties rounded the other way.
+struct Trial {
+    error: f64,
+    flipped: Vec<Tie>,
+    got: Vec<f32>,
+    ties: Vec<Tie>,
+}
+
 /// The layer's error against `want`, and the ties that had to be rounded the other way to bring every row within
 /// `bound`. Attention is causal: rows are settled in order, each by ties of its own or of rows before it.
 pub fn settle(
@@ -46,7 +54,7 @@ pub fn settle(
     let (mut got, mut ties) = run(runner, layer, ids, input, &flipped);
     while let Some(row) = (0..ids.len()).find(|&row| row_error(&got, row) > bound) {
         let error = row_error(&got, row);
-        let mut best: Option<(f64, Vec<Tie>, Vec<f32>, Vec<Tie>)> = None;
+        let mut best: Option<Trial> = None;
         // The last line first: a flip there changes nothing but its own code, where an earlier one may tip later ties.
         // Rows before this one last: they were right without it.
         let mut candidates: Vec<Tie> = ties.iter().filter(|t| t.row <= row && !flipped.contains(t)).copied().collect();
@@ -55,17 +63,15 @@ pub fn settle(
             let with = [&flipped[..], &[tie]].concat();
             let (got, ties) = run(runner, layer, ids, input, &with);
             let error = row_error(&got, row);
-            if best.as_ref().is_none_or(|(least, ..)| error < *least) {
-                best = Some((error, with, got, ties));
+            if best.as_ref().is_none_or(|best| error < best.error) {
+                best = Some(Trial { error, flipped: with, got, ties });
             }
             if error <= bound {
                 break;
             }
         }
         match best {
-            Some((least, with, with_got, with_ties)) if least < 0.95 * error => {
-                (flipped, got, ties) = (with, with_got, with_ties);
-            }
+            Some(best) if best.error < 0.95 * error => (flipped, got, ties) = (best.flipped, best.got, best.ties),
             _ => break,
         }
     }

@@ -25,6 +25,7 @@ struct Args {
 }
 
 #[derive(Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
 enum Command {
     /// Continue prompts, streamed.
     Generate(generate::Args),

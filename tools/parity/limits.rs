@@ -57,7 +57,7 @@ pub fn limit(backend: &str, work: Work) -> Limit {
         (_, Work::Exact) => of(0.0, 0.0),
         // The sum is rounded once, then the two scales and the residual.
         ("reference", Work::Linear { .. }) => of(4.0, 2.0),
-        // Eight lanes of k/8 terms, three levels to sum them, up to seven terms left over; then as above.
+        // Eight lanes of k/8 terms at the longest, three levels to sum them, up to seven terms left over; then as above.
         (_, Work::Linear { k }) => of((k / 8) as f64 + 16.0, 2.0),
         // 1/sqrt, and two products. One element may be the largest of all by far, and its error be that of its row.
         (_, Work::RmsNorm) => of(3.0, 3.0),

@@ -1,0 +1,181 @@
+//! AVX2, FMA and F16C: products in f32. The bits of an E4M3 number, moved into those of an f16, are the number x 2^-8,
+//! subnormal ones included, which one instruction turns into f32.
+//!
+//! A sum has eight lanes, one product each a step. Chunks of [`CHUNK`] elements are summed one after the other. This
+//! order is the same for one row and for many.
+
+use std::arch::x86_64::*;
+
+use bytemuck::{cast, pod_read_unaligned};
+use half::bf16;
+use quaver_core::host::slices::Slice;
+
+use super::linear::Path;
+use super::simd;
+
+/// As many bytes as a chunk of the bf16 path.
+const CHUNK: usize = 1024;
+const LANES: usize = 8;
+/// Channels of a tile.
+const CHANNELS: usize = 4;
+/// Rows of a tile: with the channels, 12 sums, a weight and an activation of 16 registers.
+const TILE_ROWS: usize = 3;
+
+/// Proof that this machine has the instructions: [`Avx2::detect`] is the only way to one.
+#[derive(Clone, Copy)]
+pub struct Avx2(());
+
+impl Avx2 {
+    pub fn detect() -> Option<Self> {
+        let have =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        have.then_some(Avx2(()))
+    }
+}
+
+impl Path for Avx2 {
+    type Element = f32;
+
+    fn padded(self, k: usize) -> usize {
+        k.next_multiple_of(LANES)
+    }
+
+    fn decode_x(self, x: Slice, _: Slice, into: &mut [f32]) {
+        simd::decode_f32(self, x, into);
+    }
+
+    fn decode_w(self, w: Slice, into: &mut [f32]) {
+        simd::decode_f32(self, w, into);
+    }
+
+    fn row(self, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
+        simd::row_f32(self, x, w, k, y);
+    }
+
+    fn rows(self, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
+        simd::rows_f32(self, x, w, padded, y);
+    }
+}
+
+/// Eight elements of a row as f32.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load8(row: Slice, i: usize) -> __m256 {
+    match row {
+        Slice::F32(x) => cast(*x[i..].first_chunk::<LANES>().expect("eight")),
+        Slice::Bf16(x) => {
+            let x: &[bf16; LANES] = x[i..].first_chunk().expect("eight");
+            let words = _mm256_cvtepu16_epi32(pod_read_unaligned(bytemuck::bytes_of(x)));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+        }
+        Slice::E4m3(x) => {
+            let codes = u64::from_le_bytes(*x[i..].first_chunk::<LANES>().expect("eight"));
+            let words = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(codes as i64));
+            let sign = _mm_slli_epi16::<8>(_mm_and_si128(words, _mm_set1_epi16(0x80)));
+            let magnitude = _mm_slli_epi16::<7>(_mm_and_si128(words, _mm_set1_epi16(0x7f)));
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, magnitude)), _mm256_set1_ps(256.0))
+        }
+    }
+}
+
+/// The last elements of a row, zeros behind them.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load_rest(row: Slice, i: usize) -> __m256 {
+    let mut rest = [0f32; LANES];
+    let n = row.len() - i;
+    row.range(i, n).load(&mut rest[..n]);
+    cast(rest)
+}
+
+/// Decodes a row, padded with zeros.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn decode(row: Slice, into: &mut [f32]) {
+    let whole = row.len() / LANES * LANES;
+    for (i, into) in (0..).step_by(LANES).zip(into.chunks_exact_mut(LANES)) {
+        let values = if i < whole { load8(row, i) } else { load_rest(row, i) };
+        into.copy_from_slice(&cast::<_, [f32; LANES]>(values));
+    }
+}
+
+/// One row against channels as they are stored.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn row(x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
+    let whole = k / LANES * LANES;
+    for (block, y) in y.chunks_mut(CHANNELS).enumerate() {
+        // A block that is not full computes its last channel several times.
+        let channel = |c: usize| w.row(block * CHANNELS + c.min(y.len() - 1), k);
+        let w: [Slice; CHANNELS] = std::array::from_fn(channel);
+        let mut total = [0f32; CHANNELS];
+        for first in (0..x.len()).step_by(CHUNK) {
+            let mut sums = [_mm256_setzero_ps(); CHANNELS];
+            for i in (first..x.len().min(first + CHUNK)).step_by(LANES) {
+                let x = load8(Slice::F32(x), i);
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    let w = if i < whole { load8(w, i) } else { load_rest(w, i) };
+                    *sum = _mm256_fmadd_ps(w, x, *sum);
+                }
+            }
+            let sums = reduce(sums);
+            total = std::array::from_fn(|c| total[c] + sums[c]);
+        }
+        y.copy_from_slice(&total[..y.len()]);
+    }
+}
+
+/// Some rows against decoded channels.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn rows(x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
+    let n = w.len() / padded;
+    for (x, y) in x.chunks(TILE_ROWS * padded).zip(y.chunks_mut(TILE_ROWS * n)) {
+        match x.len() / padded {
+            1 => tiles::<1>(x, w, padded, y),
+            2 => tiles::<2>(x, w, padded, y),
+            _ => tiles::<TILE_ROWS>(x, w, padded, y),
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tiles<const R: usize>(x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
+    let n = w.len() / padded;
+    y.fill(0.0);
+    for first in (0..padded).step_by(CHUNK) {
+        let len = CHUNK.min(padded - first);
+        let x: [&[f32]; R] = std::array::from_fn(|r| &x[r * padded + first..][..len]);
+        for channel in (0..n).step_by(CHANNELS) {
+            let count = CHANNELS.min(n - channel);
+            let row = |c: usize| &w[(channel + c.min(count - 1)) * padded + first..][..len];
+            let w: [&[f32]; CHANNELS] = std::array::from_fn(row);
+            for (r, sums) in tile(x, w).into_iter().enumerate() {
+                let y = &mut y[r * n + channel..][..count];
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tile<const R: usize>(x: [&[f32]; R], w: [&[f32]; CHANNELS]) -> [[f32; CHANNELS]; R] {
+    let steps = x[0].len() / LANES;
+    let x: [&[[f32; LANES]]; R] = x.map(|row| &row.as_chunks().0[..steps]);
+    let w: [&[[f32; LANES]]; CHANNELS] = w.map(|row| &row.as_chunks().0[..steps]);
+    let mut sums = [[_mm256_setzero_ps(); CHANNELS]; R];
+    for i in 0..steps {
+        let w: [__m256; CHANNELS] = std::array::from_fn(|c| cast(w[c][i]));
+        for r in 0..R {
+            let x: __m256 = cast(x[r][i]);
+            for c in 0..CHANNELS {
+                sums[r][c] = _mm256_fmadd_ps(w[c], x, sums[r][c]);
+            }
+        }
+    }
+    sums.map(|sums| reduce(sums))
+}
+
+/// The sums of the lanes of four registers.
+#[target_feature(enable = "avx2")]
+fn reduce(sums: [__m256; CHANNELS]) -> [f32; CHANNELS] {
+    let ab = _mm256_hadd_ps(sums[0], sums[1]);
+    let cd = _mm256_hadd_ps(sums[2], sums[3]);
+    let abcd = _mm256_hadd_ps(ab, cd);
+    cast(_mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps::<1>(abcd)))
+}

@@ -1,0 +1,304 @@
+//! AVX-512 with BF16 and VBMI (Zen 4, Sapphire Rapids and later): E4M3 values are exact in bf16, so that `vdpbf16ps` is
+//! a native dot product for them. 64 codes are decoded by two table look-ups in registers: one gives the upper byte of
+//! each bf16, one the lower.
+//!
+//! A sum has 16 lanes; each step of 32 elements adds two products to each. Chunks of [`CHUNK`] elements are summed one
+//! after the other. This order is the same for one row and for many.
+
+use std::arch::x86_64::*;
+
+use bytemuck::{cast, cast_ref, cast_slice, cast_slice_mut, pod_read_unaligned};
+use half::bf16;
+use quaver_core::e4m3;
+use quaver_core::host::slices::Slice;
+
+use super::linear::{Path, ROWS};
+use super::simd;
+
+/// Elements that are summed in registers before their sum is added to that of earlier ones: six rows of so many stay in
+/// the first-level cache.
+const CHUNK: usize = 2048;
+
+/// Codes that are decoded at a time.
+const STEP: usize = 64;
+
+/// Channels of a tile.
+const CHANNELS: usize = 4;
+
+/// Proof that this machine has the instructions: [`Avx512::detect`] is the only way to one.
+#[derive(Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    pub fn detect() -> Option<Self> {
+        let have = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512bf16");
+        have.then_some(Avx512(()))
+    }
+}
+
+impl Path for Avx512 {
+    type Element = bf16;
+
+    fn padded(self, k: usize) -> usize {
+        k.next_multiple_of(STEP)
+    }
+
+    fn decode_x(self, x: Slice, w: Slice, into: &mut [bf16]) {
+        match (x, w) {
+            (Slice::E4m3(codes), Slice::E4m3(_)) => simd::decode(self, codes, into),
+            _ => {
+                plain(x, into);
+                if matches!(w, Slice::E4m3(_)) {
+                    into.chunks_exact_mut(STEP).for_each(interleave);
+                }
+            }
+        }
+    }
+
+    fn decode_w(self, w: Slice, into: &mut [bf16]) {
+        match w {
+            Slice::E4m3(codes) => simd::decode(self, codes, into),
+            _ => plain(w, into),
+        }
+    }
+
+    fn row(self, x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
+        simd::row(self, x, w, k, y);
+    }
+
+    fn rows(self, x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
+        simd::rows(self, x, w, padded, y);
+    }
+}
+
+/// bf16 as it is, or codes in their own order.
+fn plain(row: Slice, into: &mut [bf16]) {
+    let n = row.len();
+    match row {
+        Slice::Bf16(row) => into[..n].copy_from_slice(row),
+        Slice::E4m3(row) => into.iter_mut().zip(row).for_each(|(y, &code)| *y = bf16::from_f32(e4m3::decode(code))),
+        Slice::F32(_) => unreachable!("f32 takes another path"),
+    }
+    into[n..].fill(bf16::ZERO);
+}
+
+/// The order in which [`decode64`] leaves 64 codes: the unpack instructions work on quarters of a register.
+fn interleave(elements: &mut [bf16]) {
+    let plain: [bf16; STEP] = std::array::from_fn(|i| elements[i]);
+    for (i, element) in elements.iter_mut().enumerate() {
+        let (half, quarter, j) = (i / 32, i % 32 / 8, i % 8);
+        *element = plain[quarter * 16 + half * 8 + j];
+    }
+}
+
+/// The two bytes of the bf16 of every code without its sign.
+static BYTES: [[u8; 128]; 2] = {
+    let mut bytes = [[0; 128]; 2];
+    let mut code = 0;
+    while code < 127 {
+        let bits = e4m3::VALUES[code].to_bits() >> 16;
+        bytes[0][code] = bits as u8;
+        bytes[1][code] = (bits >> 8) as u8;
+        code += 1;
+    }
+    bytes
+};
+
+/// The tables in registers.
+#[derive(Clone, Copy)]
+struct Tables {
+    low: [__m512i; 2],
+    high: [__m512i; 2],
+    sign: __m512i,
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn tables() -> Tables {
+    let table = |bytes: &[u8; 128]| [0, 64].map(|i| pod_read_unaligned(&bytes[i..i + 64]));
+    Tables { low: table(&BYTES[0]), high: table(&BYTES[1]), sign: _mm512_set1_epi8(-128) }
+}
+
+/// 64 codes as bf16: per quarter of a register the lower eight in the first result, the upper eight in the second.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+fn decode64(codes: __m512i, tables: &Tables) -> [__m512i; 2] {
+    // The look-ups read seven bits of a code; its sign is put back from the code itself: a | (b & c).
+    let low = _mm512_permutex2var_epi8(tables.low[0], codes, tables.low[1]);
+    let high = _mm512_permutex2var_epi8(tables.high[0], codes, tables.high[1]);
+    let high = _mm512_ternarylogic_epi32::<0xf8>(high, codes, tables.sign);
+    [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+}
+
+/// Up to 64 codes, zeros behind them.
+#[target_feature(enable = "avx512f")]
+fn load_codes(codes: &[u8]) -> __m512i {
+    if let Some(codes) = codes.first_chunk::<STEP>() {
+        return pod_read_unaligned(codes);
+    }
+    let mut padded = [0; STEP];
+    padded[..codes.len()].copy_from_slice(codes);
+    cast(padded)
+}
+
+/// Decodes a row of codes in the order of [`decode64`], padded with zeros.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+pub fn decode(codes: &[u8], into: &mut [bf16]) {
+    let tables = tables();
+    for (codes, into) in codes.chunks(STEP).zip(into.chunks_exact_mut(STEP)) {
+        let decoded = decode64(load_codes(codes), &tables);
+        cast_slice_mut::<bf16, u8>(into).copy_from_slice(cast_ref::<_, [u8; 128]>(&decoded));
+    }
+}
+
+/// One row against channels as they are stored.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+pub fn row(x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
+    let tables = tables();
+    for (i, y) in y.chunks_mut(CHANNELS).enumerate() {
+        // A block that is not full computes its last channel several times.
+        let channel = |c: usize| (i * CHANNELS + c.min(y.len() - 1)) * k;
+        let sums = match w {
+            Slice::E4m3(codes) => {
+                let rows: [&[u8]; CHANNELS] = std::array::from_fn(|c| &codes[channel(c)..][..k]);
+                codes_against_row(x, rows, &tables)
+            }
+            Slice::Bf16(w) => {
+                let rows: [&[bf16]; CHANNELS] = std::array::from_fn(|c| &w[channel(c)..][..k]);
+                bf16_against_row(x, rows)
+            }
+            Slice::F32(_) => unreachable!("f32 takes another path"),
+        };
+        y.copy_from_slice(&sums[..y.len()]);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], tables: &Tables) -> [f32; CHANNELS] {
+    let mut total = [0f32; CHANNELS];
+    let k = rows[0].len();
+    for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
+        let mut sums = [_mm512_setzero_ps(); CHANNELS];
+        let chunk: [&[u8]; CHANNELS] = rows.map(|row| &row[first..k.min(first + CHUNK)]);
+        let (x, _) = x.as_chunks::<STEP>();
+        let whole = chunk[0].len() / STEP;
+        let blocks: [&[[u8; STEP]]; CHANNELS] = chunk.map(|row| &row.as_chunks::<STEP>().0[..whole]);
+        let mut step = |x: &[bf16; STEP], codes: [__m512i; CHANNELS]| {
+            let x: [__m512bh; 2] = [pod_read_unaligned(cast_slice(&x[..32])), pod_read_unaligned(cast_slice(&x[32..]))];
+            for (sum, codes) in sums.iter_mut().zip(codes) {
+                let [low, high] = decode64(codes, tables);
+                *sum = _mm512_dpbf16_ps(*sum, cast(low), x[0]);
+                *sum = _mm512_dpbf16_ps(*sum, cast(high), x[1]);
+            }
+        };
+        for i in 0..whole {
+            step(&x[i], std::array::from_fn(|c| pod_read_unaligned(&blocks[c][i])));
+        }
+        if let Some(x) = x.get(whole) {
+            step(x, std::array::from_fn(|c| load_codes(&chunk[c][whole * STEP..])));
+        }
+        total = add(total, reduce(sums));
+    }
+    total
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS]) -> [f32; CHANNELS] {
+    let mut total = [0f32; CHANNELS];
+    let k = rows[0].len();
+    for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
+        let mut sums = [_mm512_setzero_ps(); CHANNELS];
+        let chunk: [&[bf16]; CHANNELS] = rows.map(|row| &row[first..k.min(first + CHUNK)]);
+        let (x, _) = x.as_chunks::<32>();
+        let whole = chunk[0].len() / 32;
+        let blocks: [&[[bf16; 32]]; CHANNELS] = chunk.map(|row| &row.as_chunks::<32>().0[..whole]);
+        for (i, x) in x[..whole].iter().enumerate() {
+            let x: __m512bh = pod_read_unaligned(cast_slice(x));
+            for (sum, blocks) in sums.iter_mut().zip(blocks) {
+                *sum = _mm512_dpbf16_ps(*sum, pod_read_unaligned(cast_slice(&blocks[i])), x);
+            }
+        }
+        for (i, x) in x[whole..].iter().enumerate() {
+            let x: __m512bh = pod_read_unaligned(cast_slice(x));
+            for (sum, row) in sums.iter_mut().zip(chunk) {
+                let rest = row.get((whole + i) * 32..).unwrap_or_default();
+                let mut padded = [bf16::ZERO; 32];
+                padded[..rest.len()].copy_from_slice(rest);
+                *sum = _mm512_dpbf16_ps(*sum, pod_read_unaligned(cast_slice(&padded)), x);
+            }
+        }
+        total = add(total, reduce(sums));
+    }
+    total
+}
+
+/// Up to six rows against decoded channels.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub fn rows(x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
+    match x.len() / padded {
+        1 => tiles::<1>(x, w, padded, y),
+        2 => tiles::<2>(x, w, padded, y),
+        3 => tiles::<3>(x, w, padded, y),
+        4 => tiles::<4>(x, w, padded, y),
+        5 => tiles::<5>(x, w, padded, y),
+        ROWS => tiles::<ROWS>(x, w, padded, y),
+        n => unreachable!("{n} rows at a time"),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn tiles<const R: usize>(x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
+    let n = w.len() / padded;
+    y.fill(0.0);
+    for first in (0..padded).step_by(CHUNK) {
+        let len = CHUNK.min(padded - first);
+        let x: [&[bf16]; R] = std::array::from_fn(|r| &x[r * padded + first..][..len]);
+        for channel in (0..n).step_by(CHANNELS) {
+            let count = CHANNELS.min(n - channel);
+            let row = |c: usize| &w[(channel + c.min(count - 1)) * padded + first..][..len];
+            let w: [&[bf16]; CHANNELS] = std::array::from_fn(row);
+            for (r, sums) in tile(x, w).into_iter().enumerate() {
+                let y = &mut y[r * n + channel..][..count];
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn tile<const R: usize>(x: [&[bf16]; R], w: [&[bf16]; CHANNELS]) -> [[f32; CHANNELS]; R] {
+    let steps = x[0].len() / 32;
+    let x: [&[[bf16; 32]]; R] = x.map(|row| &row.as_chunks::<32>().0[..steps]);
+    let w: [&[[bf16; 32]]; CHANNELS] = w.map(|row| &row.as_chunks::<32>().0[..steps]);
+    let mut sums = [[_mm512_setzero_ps(); CHANNELS]; R];
+    for i in 0..steps {
+        let w: [__m512bh; CHANNELS] = std::array::from_fn(|c| pod_read_unaligned(cast_slice(&w[c][i])));
+        for r in 0..R {
+            let x: __m512bh = pod_read_unaligned(cast_slice(&x[r][i]));
+            for c in 0..CHANNELS {
+                sums[r][c] = _mm512_dpbf16_ps(sums[r][c], w[c], x);
+            }
+        }
+    }
+    sums.map(|sums| reduce(sums))
+}
+
+fn add(a: [f32; CHANNELS], b: [f32; CHANNELS]) -> [f32; CHANNELS] {
+    std::array::from_fn(|c| a[c] + b[c])
+}
+
+/// The sums of the lanes of four registers.
+#[target_feature(enable = "avx512f")]
+fn reduce(sums: [__m512; CHANNELS]) -> [f32; CHANNELS] {
+    let halves = sums.map(|s| _mm256_add_ps(_mm512_castps512_ps256(s), upper(s)));
+    let ab = _mm256_hadd_ps(halves[0], halves[1]);
+    let cd = _mm256_hadd_ps(halves[2], halves[3]);
+    let abcd = _mm256_hadd_ps(ab, cd);
+    cast(_mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps::<1>(abcd)))
+}
+
+#[target_feature(enable = "avx512f")]
+fn upper(s: __m512) -> __m256 {
+    _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(s)))
+}

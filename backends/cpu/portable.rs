@@ -1,0 +1,85 @@
+//! Plain Rust: products in f32, in eight lanes that the compiler keeps in the vector registers that every machine of the
+//! architecture has (SSE2, NEON). The order of a sum is the same for one row and for many.
+
+use quaver_core::host::slices::Slice;
+
+use super::linear::Path;
+
+const LANES: usize = 8;
+/// Channels of a tile.
+const CHANNELS: usize = 4;
+
+/// The instruction set that needs no proof.
+#[derive(Clone, Copy)]
+pub struct Portable;
+
+impl Path for Portable {
+    type Element = f32;
+
+    fn padded(self, k: usize) -> usize {
+        k.next_multiple_of(LANES)
+    }
+
+    fn decode_x(self, x: Slice, _: Slice, into: &mut [f32]) {
+        self.decode_w(x, into);
+    }
+
+    fn decode_w(self, w: Slice, into: &mut [f32]) {
+        let (values, zeros) = into.split_at_mut(w.len());
+        w.load(values);
+        zeros.fill(0.0);
+    }
+
+    fn row(self, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
+        let mut decoded = vec![0.0; CHANNELS * x.len()];
+        for (block, y) in y.chunks_mut(CHANNELS).enumerate() {
+            let decoded = &mut decoded[..y.len() * x.len()];
+            for (c, row) in decoded.chunks_exact_mut(x.len()).enumerate() {
+                self.decode_w(w.row(block * CHANNELS + c, k), row);
+            }
+            self.rows(x, decoded, x.len(), y);
+        }
+    }
+
+    fn rows(self, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
+        let n = w.len() / padded;
+        for (w, channel) in w.chunks(CHANNELS * padded).zip((0..n).step_by(CHANNELS)) {
+            for (x, y) in x.chunks_exact(padded).zip(y.chunks_exact_mut(n)) {
+                let y = &mut y[channel..n.min(channel + CHANNELS)];
+                match w.len() / padded {
+                    CHANNELS => y.copy_from_slice(&dots::<CHANNELS>(x, w)),
+                    _ => y.iter_mut().zip(w.chunks_exact(padded)).for_each(|(y, w)| [*y] = dots::<1>(x, w)),
+                }
+            }
+        }
+    }
+}
+
+/// The dot products of a row with each of `C` channels.
+fn dots<const C: usize>(x: &[f32], w: &[f32]) -> [f32; C] {
+    let steps = x.len() / LANES;
+    let x = &x.as_chunks::<LANES>().0[..steps];
+    let w: [&[[f32; LANES]]; C] = std::array::from_fn(|c| &w[c * steps * LANES..].as_chunks().0[..steps]);
+    let mut sums = [[0f32; LANES]; C];
+    for i in 0..steps {
+        for c in 0..C {
+            for lane in 0..LANES {
+                sums[c][lane] += x[i][lane] * w[c][i][lane];
+            }
+        }
+    }
+    sums.map(|s| ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])))
+}
+
+/// The dot product of two vectors.
+pub fn dot(x: &[f32], w: &[f32]) -> f32 {
+    let (xs, ws) = (x.as_chunks::<LANES>(), w.as_chunks::<LANES>());
+    let rest: f32 = xs.1.iter().zip(ws.1).map(|(x, w)| x * w).sum();
+    let mut s = [0f32; LANES];
+    for (x, w) in xs.0.iter().zip(ws.0) {
+        for lane in 0..LANES {
+            s[lane] += x[lane] * w[lane];
+        }
+    }
+    ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])) + rest
+}

@@ -1,0 +1,46 @@
+//! The one file of the cpu backend with unsafe code: calls of functions that need instructions which not every machine
+//! has. Each takes the proof that this one has them.
+#![cfg(target_arch = "x86_64")]
+#![allow(unsafe_code)]
+
+use half::bf16;
+use quaver_core::host::slices::Slice;
+
+use super::avx2::{self, Avx2};
+use super::avx512::{self, Avx512};
+
+/// [`avx512::decode`].
+pub fn decode(_: Avx512, codes: &[u8], into: &mut [bf16]) {
+    // SAFETY: an `Avx512` exists only where its features were detected.
+    unsafe { avx512::decode(codes, into) }
+}
+
+/// [`avx512::row`].
+pub fn row(_: Avx512, x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
+    // SAFETY: an `Avx512` exists only where its features were detected.
+    unsafe { avx512::row(x, w, k, y) }
+}
+
+/// [`avx512::rows`].
+pub fn rows(_: Avx512, x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
+    // SAFETY: an `Avx512` exists only where its features were detected.
+    unsafe { avx512::rows(x, w, padded, y) }
+}
+
+/// [`avx2::decode`].
+pub fn decode_f32(_: Avx2, row: Slice, into: &mut [f32]) {
+    // SAFETY: an `Avx2` exists only where its features were detected.
+    unsafe { avx2::decode(row, into) }
+}
+
+/// [`avx2::row`].
+pub fn row_f32(_: Avx2, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
+    // SAFETY: an `Avx2` exists only where its features were detected.
+    unsafe { avx2::row(x, w, k, y) }
+}
+
+/// [`avx2::rows`].
+pub fn rows_f32(_: Avx2, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
+    // SAFETY: an `Avx2` exists only where its features were detected.
+    unsafe { avx2::rows(x, w, padded, y) }
+}
