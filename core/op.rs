@@ -273,7 +273,8 @@ pub enum Op {
         /// `[w, d]` f32.
         out: Buf,
     },
-    /// Chooses a token for each wanted row, or scores a given one; see [`crate::sampler`].
+    /// Chooses a token for each wanted row, or scores a given one; see [`crate::sampler`]. No sequence has more than one
+    /// row that chooses.
     Sample {
         /// `[w, vocab]` f32.
         logits: Buf,

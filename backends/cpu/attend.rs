@@ -1,95 +1,142 @@
-//! `Attend` on the cpu: every (row, key-value head) is a task. A page's keys are decoded once for the query heads that
-//! share them.
+//! `Attend` on the cpu. A task is one key-value head and a block of rows that follow each other in one sequence: a page's
+//! keys and values are decoded once for all of their query heads. Keys are turned on their side, so that one instruction
+//! takes the scores of 16 tokens a step further.
+//!
+//! What a query computes does not depend on the block it is in: its scores are sums over `dim` in order, its values are
+//! summed page by page.
 
-use quaver_core::host::slices::ActOut;
-use quaver_core::host::slices::Slice;
+use quaver_core::host::slices::{ActOut, Slice};
 use quaver_core::host::{KvIn, RowsIn};
 use quaver_core::op::Heads;
 use rayon::prelude::*;
 
-use super::portable::dot;
+use super::isa::Isa;
+use super::vector::{LANES, softmax};
 
-/// See [`quaver_core::reference::attend`]; `attended` is scratch.
-pub fn attend(attended: &mut Vec<f32>, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {
-    let Heads { q: q_heads, kv: kv_heads, dim } = heads;
-    let width = q_heads * dim;
+/// Rows of a block.
+const BLOCK: usize = 8;
+
+/// See [`quaver_core::reference::attend`]; `attended` is scratch, `[rows, kv_heads, group, dim]`.
+pub fn attend(isa: Isa, attended: &mut Vec<f32>, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {
+    let width = heads.q * heads.dim;
     attended.resize(rows.seq.len() * width, 0.0);
-    let task_width = width / kv_heads;
-    attended.par_chunks_mut(task_width).enumerate().for_each_init(Task::default, |task, (i, y)| {
-        let (row, head) = (i / kv_heads, i % kv_heads);
-        task.run(q.range(i * task_width, task_width), rows, row, heads, head, kv, y);
+    // Every (row, key-value head) of the output apart, dealt out to the tasks.
+    let mut parts = attended.chunks_exact_mut(width / heads.kv);
+    let mut tasks: Vec<Task> = Vec::new();
+    for &[first, count, seq, position] in rows.spans {
+        for first_row in (0..count).step_by(BLOCK) {
+            let block = BLOCK.min((count - first_row) as usize);
+            let (row, position) = ((first + first_row) as usize, (position + first_row) as usize);
+            let mut outs: Vec<Vec<&mut [f32]>> = (0..heads.kv).map(|_| Vec::with_capacity(block)).collect();
+            for _ in 0..block {
+                outs.iter_mut().for_each(|outs| outs.extend(parts.next()));
+            }
+            let task = outs.into_iter().enumerate().map(|(head, outs)| Task { seq, row, position, head, outs });
+            tasks.extend(task);
+        }
+    }
+    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+        isa.with(|| task.run(scratch, q, rows, heads, kv));
     });
     let rows = attended.par_chunks_exact(width).zip(out.rows(width));
-    rows.for_each(|(y, mut out)| out.store(y));
+    rows.for_each(|(y, mut out)| isa.with(|| out.store(y)));
+}
+
+/// Rows of one sequence and one key-value head.
+struct Task<'a> {
+    seq: u32,
+    /// The first row, and its position.
+    row: usize,
+    position: usize,
+    head: usize,
+    /// `[rows][group, dim]`.
+    outs: Vec<&'a mut [f32]>,
 }
 
 /// Scratch of one thread.
 #[derive(Default)]
-struct Task {
-    /// `[group, dim]`.
+struct Scratch {
+    /// `[rows, group, dim]`.
     q: Vec<f32>,
-    /// `[group, context]`: scores, then weights.
+    /// `[rows, group, context]`: scores, then weights.
     weights: Vec<f32>,
     /// `[page_tokens, dim]`: a page of one head.
     page: Vec<f32>,
-    /// `[dim]`: a page's share of the sum.
-    partial: Vec<f32>,
+    /// `[page_tokens / 16, dim, 16]`: the same on its side.
+    turned: Vec<[f32; LANES]>,
 }
 
-impl Task {
-    /// The query heads of one key-value head, for one row: `y[group, dim]`.
-    #[allow(clippy::too_many_arguments)]
-    fn run(&mut self, q: Slice, rows: RowsIn, row: usize, heads: Heads, head: usize, kv: KvIn, y: &mut [f32]) {
-        let dim = heads.dim;
-        let (seq, context) = (rows.seq[row], rows.position[row] as usize + 1);
-        let page = |first: usize| {
-            let count = kv.page_tokens.min(context - first);
-            (rows.kv_row(seq, first, heads, head, kv.page_tokens) * dim, count)
-        };
-        self.q.resize(y.len(), 0.0);
-        self.page.resize(kv.page_tokens * dim, 0.0);
-        self.weights.resize(y.len() / dim * context, 0.0);
-        q.load(&mut self.q);
+impl Task<'_> {
+    #[inline(always)]
+    fn run(self, scratch: &mut Scratch, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn) {
+        let (dim, group) = (heads.dim, heads.q / heads.kv);
+        let Scratch { q: queries, weights, page, turned } = scratch;
+        let longest = self.position + self.outs.len();
+        let stride = longest.next_multiple_of(LANES);
+        queries.resize(self.outs.len() * group * dim, 0.0);
+        for (i, into) in queries.chunks_exact_mut(group * dim).enumerate() {
+            q.range((self.row + i) * heads.q * dim + self.head * group * dim, group * dim).load(into);
+        }
+        weights.resize(self.outs.len() * group * stride, 0.0);
+        page.resize(kv.page_tokens * dim, 0.0);
+        turned.resize(kv.page_tokens.div_ceil(LANES) * dim, [0.0; LANES]);
         let factor = kv.scales.0 / (dim as f32).sqrt();
-        for first in (0..context).step_by(kv.page_tokens) {
-            let (start, count) = page(first);
-            let keys = &mut self.page[..count * dim];
-            kv.k.range(start, count * dim).load(keys);
-            for (q, weights) in self.q.chunks_exact(dim).zip(self.weights.chunks_exact_mut(context)) {
-                for (weight, key) in weights[first..].iter_mut().zip(keys.chunks_exact(dim)) {
-                    *weight = dot(q, key) * factor;
+        let pages = || (0..longest).step_by(kv.page_tokens);
+        let load = |cache: Slice, first: usize, page: &mut [f32]| {
+            let start = rows.kv_row(self.seq, first, heads, self.head, kv.page_tokens) * dim;
+            let count = kv.page_tokens.min(longest - first);
+            cache.range(start, count * dim).load(&mut page[..count * dim]);
+            count
+        };
+        for first in pages() {
+            let count = load(kv.k, first, page);
+            turn(&page[..count * dim], dim, turned);
+            for (query, weights) in queries.chunks_exact(dim).zip(weights.chunks_exact_mut(stride)) {
+                for (keys, token) in turned.chunks_exact(dim).zip((0..count).step_by(LANES)) {
+                    let mut scores = [0f32; LANES];
+                    for (&q, keys) in query.iter().zip(keys) {
+                        for lane in 0..LANES {
+                            scores[lane] += q * keys[lane];
+                        }
+                    }
+                    scores.iter_mut().for_each(|score| *score *= factor);
+                    let n = LANES.min(count - token);
+                    weights[first + token..][..n].copy_from_slice(&scores[..n]);
                 }
             }
         }
-        for weights in self.weights.chunks_exact_mut(context) {
-            softmax(weights, kv.scales.1);
+        for (i, weights) in weights.chunks_exact_mut(group * stride).enumerate() {
+            let context = self.position + i + 1;
+            weights.chunks_exact_mut(stride).for_each(|weights| softmax(&mut weights[..context], kv.scales.1));
         }
-        y.fill(0.0);
-        self.partial.resize(dim, 0.0);
-        for first in (0..context).step_by(kv.page_tokens) {
-            let (start, count) = page(first);
-            let values = &mut self.page[..count * dim];
-            kv.v.range(start, count * dim).load(values);
-            for (y, weights) in y.chunks_exact_mut(dim).zip(self.weights.chunks_exact(context)) {
-                // Summing a page at a time keeps the error of a long context small.
-                self.partial.fill(0.0);
-                for (weight, value) in weights[first..].iter().zip(values.chunks_exact(dim)) {
-                    self.partial.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v);
+        let mut outs = self.outs;
+        outs.iter_mut().for_each(|out| out.fill(0.0));
+        let mut partial = vec![0.0; dim];
+        for first in pages() {
+            let count = load(kv.v, first, page);
+            for (i, (out, weights)) in outs.iter_mut().zip(weights.chunks_exact(group * stride)).enumerate() {
+                let count = count.min((self.position + i + 1).saturating_sub(first));
+                for (out, weights) in out.chunks_exact_mut(dim).zip(weights.chunks_exact(stride)) {
+                    // Summing a page at a time keeps the error of a long context small.
+                    partial.fill(0.0);
+                    for (weight, value) in weights[first..first + count].iter().zip(page.chunks_exact(dim)) {
+                        partial.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v);
+                    }
+                    out.iter_mut().zip(&partial).for_each(|(out, sum)| *out += sum);
                 }
-                y.iter_mut().zip(&self.partial).for_each(|(y, sum)| *y += sum);
             }
         }
     }
 }
 
-/// Scores to weights, which sum to `total`: the scale of the values rides along.
-fn softmax(scores: &mut [f32], total: f32) {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0f64;
-    for score in scores.iter_mut() {
-        *score = (*score - max).exp();
-        sum += f64::from(*score);
+/// `keys[tokens, dim]` to `[tokens / 16, dim, 16]`; lanes without a token keep what they hold, and are not used.
+#[inline(always)]
+fn turn(keys: &[f32], dim: usize, turned: &mut [[f32; LANES]]) {
+    for (keys, turned) in keys.chunks(LANES * dim).zip(turned.chunks_exact_mut(dim)) {
+        for (lane, key) in keys.chunks_exact(dim).enumerate() {
+            for (turned, &k) in turned.iter_mut().zip(key) {
+                turned[lane] = k;
+            }
+        }
     }
-    let factor = (f64::from(total) / sum) as f32;
-    scores.iter_mut().for_each(|weight| *weight *= factor);
 }

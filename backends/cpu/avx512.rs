@@ -33,6 +33,8 @@ impl Avx512 {
     pub fn detect() -> Option<Self> {
         let have = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("avx512bf16");
         have.then_some(Avx512(()))

@@ -2,7 +2,7 @@
 
 use super::portable::Portable;
 #[cfg(target_arch = "x86_64")]
-use super::{avx2::Avx2, avx512::Avx512};
+use super::{avx2::Avx2, avx512::Avx512, simd};
 use quaver_core::{Error, Result};
 
 /// An instruction set, with the proof that this machine has it.
@@ -40,6 +40,18 @@ impl Isa {
             let name = name.unwrap_or_default();
             Error::device("cpu", format!("there is no variant {name}; this machine has {}", names.join(", ")))
         })
+    }
+
+    /// Runs `f`, which should be inlined, with the vector instructions of this set.
+    #[inline]
+    pub fn with<R>(self, f: impl FnOnce() -> R) -> R {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(wide, _) => simd::with_avx512(wide, f),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(narrow) => simd::with_avx2(narrow, f),
+            Isa::Portable(_) => f(),
+        }
     }
 
     /// The name on the command line.

@@ -9,15 +9,18 @@ mod avx512;
 pub mod isa;
 mod linear;
 mod portable;
+#[cfg(target_arch = "x86_64")]
 mod simd;
 #[cfg(test)]
 mod tests;
+mod vector;
 
 use self::isa::Isa;
 use quaver_core::host::slices::{ActIn, ActOut, ColsOut, Slice, WeightIn};
 use quaver_core::host::{HostBackend, Kernels, KvIn, RowsIn};
 use quaver_core::op::{DeviceInfo, Heads};
-use quaver_core::{Error, Result, reference};
+use quaver_core::sampler::{NO_TOKEN, RowParams, Sampled, Sampler};
+use quaver_core::{Error, Result};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -67,22 +70,19 @@ impl Kernels for CpuKernels {
     }
 
     fn rms_norm(&mut self, x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
-        let d = gamma.len();
+        let (d, isa) = (gamma.len(), self.isa);
         let rows = x.chunks_exact(d).zip(out.rows(d)).collect::<Vec<_>>();
-        self.pool.install(|| {
-            rows.into_par_iter().for_each_init(
-                || vec![0.0; d],
-                |row, (x, mut out)| {
-                    reference::rms_norm_row(x, gamma, eps, row);
-                    out.store(row);
-                },
-            );
+        self.for_each(rows, |row: &mut Vec<f32>, (x, mut out)| {
+            row.resize(d, 0.0);
+            isa.with(|| vector::rms_norm(x, gamma, eps, row));
+            isa.with(|| out.store(row));
         });
     }
 
     fn quantize(&mut self, x: &[f32], k: usize, out: ActOut) {
+        let isa = self.isa;
         let rows = x.chunks_exact(k).zip(out.rows(k)).collect::<Vec<_>>();
-        self.pool.install(|| rows.into_par_iter().for_each(|(x, mut out)| out.store(x)));
+        self.for_each(rows, |_: &mut (), (x, mut out)| isa.with(|| out.store(x)));
     }
 
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
@@ -91,21 +91,48 @@ impl Kernels for CpuKernels {
     }
 
     fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {
-        let attended = &mut self.attended;
-        self.pool.install(|| attend::attend(attended, q, rows, heads, kv, out));
+        let (isa, attended) = (self.isa, &mut self.attended);
+        self.pool.install(|| attend::attend(isa, attended, q, rows, heads, kv, out));
     }
 
     fn swiglu(&mut self, gate_up: Slice, f: usize, out: ActOut) {
-        let rows = out.rows(f);
-        self.pool.install(|| {
-            rows.into_par_iter().enumerate().for_each_init(
-                || (vec![0.0; 2 * f], vec![0.0; f]),
-                |(row, y), (i, mut out)| {
-                    gate_up.row(i, 2 * f).load(row);
-                    reference::swiglu_row(row, y);
-                    out.store(y);
-                },
-            );
+        let isa = self.isa;
+        let rows = out.rows(f).into_iter().enumerate().collect();
+        self.for_each(rows, |(row, y): &mut (Vec<f32>, Vec<f32>), (i, mut out)| {
+            row.resize(2 * f, 0.0);
+            y.resize(f, 0.0);
+            isa.with(|| gate_up.row(i, 2 * f).load(row));
+            isa.with(|| vector::swiglu(row, y));
+            isa.with(|| out.store(y));
         });
+    }
+
+    fn sample(&mut self, logits: &[f32], params: &[RowParams], history: &mut [u32], out: &mut [Sampled]) {
+        if params.is_empty() {
+            return;
+        }
+        let vocab = logits.len() / params.len();
+        let mut histories: Vec<_> = history.chunks_exact_mut(vocab).map(Some).collect();
+        let mut tasks = Vec::new();
+        for ((logits, params), out) in logits.chunks_exact(vocab).zip(params).zip(out) {
+            // A row that scores leaves the history alone. One that chooses needs it, and has it to itself: a sequence
+            // has one next token.
+            let chooses = params.target == NO_TOKEN;
+            let history = if chooses { histories[params.seq as usize].take() } else { None };
+            tasks.push((logits, params, history.unwrap_or_default(), out));
+        }
+        self.for_each(tasks, |sampler: &mut Sampler, (logits, params, history, out)| {
+            *out = sampler.sample(logits, params, history);
+        });
+    }
+}
+
+impl CpuKernels {
+    /// Deals items out to the threads, each with scratch of its own; a single one stays on this thread.
+    fn for_each<T: Send, S: Default + Send>(&self, items: Vec<T>, f: impl Fn(&mut S, T) + Send + Sync) {
+        match items.len() {
+            0 | 1 => items.into_iter().for_each(|item| f(&mut S::default(), item)),
+            _ => self.pool.install(|| items.into_par_iter().for_each_init(S::default, f)),
+        }
     }
 }

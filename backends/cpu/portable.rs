@@ -70,16 +70,3 @@ fn dots<const C: usize>(x: &[f32], w: &[f32]) -> [f32; C] {
     }
     sums.map(|s| ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])))
 }
-
-/// The dot product of two vectors.
-pub fn dot(x: &[f32], w: &[f32]) -> f32 {
-    let (xs, ws) = (x.as_chunks::<LANES>(), w.as_chunks::<LANES>());
-    let rest: f32 = xs.1.iter().zip(ws.1).map(|(x, w)| x * w).sum();
-    let mut s = [0f32; LANES];
-    for (x, w) in xs.0.iter().zip(ws.0) {
-        for lane in 0..LANES {
-            s[lane] += x[lane] * w[lane];
-        }
-    }
-    ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])) + rest
-}

@@ -1,6 +1,5 @@
 //! The one file of the cpu backend with unsafe code: calls of functions that need instructions which not every machine
 //! has. Each takes the proof that this one has them.
-#![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
 
 use half::bf16;
@@ -43,4 +42,24 @@ pub fn row_f32(_: Avx2, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
 pub fn rows_f32(_: Avx2, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
     // SAFETY: an `Avx2` exists only where its features were detected.
     unsafe { avx2::rows(x, w, padded, y) }
+}
+
+/// Runs a function with the vector instructions of AVX-512, as far as it is inlined here.
+pub fn with_avx512<R>(_: Avx512, f: impl FnOnce() -> R) -> R {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+    fn with<R>(f: impl FnOnce() -> R) -> R {
+        f()
+    }
+    // SAFETY: an `Avx512` exists only where these features were detected.
+    unsafe { with(f) }
+}
+
+/// Runs a function with the vector instructions of AVX2, as far as it is inlined here.
+pub fn with_avx2<R>(_: Avx2, f: impl FnOnce() -> R) -> R {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn with<R>(f: impl FnOnce() -> R) -> R {
+        f()
+    }
+    // SAFETY: an `Avx2` exists only where these features were detected.
+    unsafe { with(f) }
 }

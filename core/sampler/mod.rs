@@ -58,9 +58,10 @@ impl Sampler {
     /// ```
     ///
     /// # Panics
-    /// Where `logits` and `history` differ in length.
+    /// Where `logits` and `history` differ in length, unless a token is scored: the history is not needed then.
     pub fn sample(&mut self, logits: &[f32], params: &RowParams, history: &mut [u32]) -> Sampled {
-        assert_eq!(logits.len(), history.len(), "logits and history cover the same vocabulary");
+        let same = logits.len() == history.len();
+        assert!(same || params.target != NO_TOKEN, "logits and history cover the same vocabulary");
         let bad_logits = logits.iter().filter(|l| l.is_nan() || **l == f32::INFINITY).count() as u32;
         let mut sampled = Sampled { bad_logits, ..Sampled::NONE };
         let Some(softmax) = LogSoftmax::of(logits) else { return sampled };

@@ -1,0 +1,85 @@
+//! Row-wise arithmetic in plain Rust, written so that the compiler turns it into vector instructions: those of the
+//! instruction set whose [`super::isa::Isa::with`] it is called in. Everything here is to be inlined there.
+
+/// Tokens whose scores are computed side by side.
+pub const LANES: usize = 16;
+
+/// e^x within two units of the last place, by Cody and Waite's reduction and the polynomial of Cephes' `expf`.
+/// Results stay finite and normal: x is clamped to [-87, 88].
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 x 2^23: adding and subtracting it rounds to a whole number
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E + MAGIC) - MAGIC;
+    // ln 2 in two parts, the first of few bits, so that its product with n is exact.
+    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_66, 0.5] {
+        p = p * r + c;
+    }
+    let p = (p * r * r + r) + 1.0;
+    p * f32::from_bits((((n as i32) + 127) as u32) << 23)
+}
+
+/// Scores to weights that sum to `total`.
+#[inline(always)]
+pub fn softmax(scores: &mut [f32], total: f32) {
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0f64; LANES];
+    let (whole, rest) = scores.as_chunks_mut::<LANES>();
+    for scores in whole {
+        for (score, sum) in scores.iter_mut().zip(&mut sums) {
+            *score = exp(*score - max);
+            *sum += f64::from(*score);
+        }
+    }
+    for (score, sum) in rest.iter_mut().zip(&mut sums) {
+        *score = exp(*score - max);
+        *sum += f64::from(*score);
+    }
+    let factor = (f64::from(total) / sums.iter().sum::<f64>()) as f32;
+    scores.iter_mut().for_each(|weight| *weight *= factor);
+}
+
+/// `out = silu(gate) * up`; see [`quaver_core::reference::swiglu`].
+#[inline(always)]
+pub fn swiglu(gate_up: &[f32], out: &mut [f32]) {
+    let (gate, up) = gate_up.split_at(out.len());
+    for ((y, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+        *y = gate / (1.0 + exp(-gate)) * up;
+    }
+}
+
+/// See [`quaver_core::reference::rms_norm`].
+#[inline(always)]
+pub fn rms_norm(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
+    let mut sums = [0f64; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for (sum, &x) in sums.iter_mut().zip(x) {
+            *sum += f64::from(x) * f64::from(x);
+        }
+    }
+    for (sum, &x) in sums.iter_mut().zip(rest) {
+        *sum += f64::from(x) * f64::from(x);
+    }
+    let mean = sums.iter().sum::<f64>() / x.len() as f64;
+    let inv = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
+    for ((y, &x), &g) in out.iter_mut().zip(x).zip(gamma) {
+        *y = x * inv * g;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn exp_is_within_two_units_of_the_last_place() {
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let (got, want) = (super::exp(x), f64::from(x).exp());
+            let error = (f64::from(got) - want).abs() / want;
+            assert!(error < 2.0 * f64::from(f32::EPSILON), "exp({x}) = {got}, {want}: off by {error:e}");
+        }
+        assert!(super::exp(f32::NEG_INFINITY) < 1e-37 && super::exp(f32::INFINITY) > 1e38);
+    }
+}
