@@ -39,30 +39,27 @@ const fn value(code: u8) -> f32 {
 }
 
 /// The value of a code; NaN for the two NaN codes. Exact.
-#[inline]
+#[inline(always)]
 pub fn decode(code: u8) -> f32 {
     VALUES[code as usize]
 }
 
 /// The code nearest to `x`: ties to even, saturating to ±448 (infinities too); NaN stays NaN with its sign.
-#[inline]
+#[inline(always)]
 pub fn encode(x: f32) -> u8 {
+    // Both roundings are computed and one is taken: without a branch, loops over this become vector instructions.
     let bits = x.to_bits();
     let sign = (bits >> 24) as u8 & 0x80;
     let magnitude = bits & 0x7fff_ffff;
-    if magnitude > 0x7f80_0000 {
-        return sign | NAN;
-    }
     // 448.0 and everything above it.
-    let magnitude = magnitude.min(0x43e0_0000);
-    let code = if magnitude < 0x3c80_0000 {
-        // Below 2^-6 the codes count steps of 2^-9: adding 2^14 leaves the rounded count in the low bits,
-        // since one unit in the last place of 2^14 is 2^-9.
-        (f32::from_bits(magnitude) + 16384.0).to_bits() - 16384f32.to_bits()
-    } else {
-        // Round the 23-bit mantissa to 3 bits; a carry moves into the exponent, as it should.
-        ((magnitude + 0x7_ffff + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    };
+    let finite = magnitude.min(0x43e0_0000);
+    // Below 2^-6 the codes count steps of 2^-9: adding 2^14 leaves the rounded count in the low bits,
+    // since one unit in the last place of 2^14 is 2^-9.
+    let subnormal = (f32::from_bits(finite) + 16384.0).to_bits().wrapping_sub(16384f32.to_bits());
+    // Else round the 23-bit mantissa to 3 bits; a carry moves into the exponent, as it should.
+    let normal = ((finite + 0x7_ffff + ((finite >> 20) & 1)) >> 20).wrapping_sub(120 << 3);
+    let code = if finite < 0x3c80_0000 { subnormal } else { normal };
+    let code = if magnitude > 0x7f80_0000 { u32::from(NAN) } else { code };
     sign | code as u8
 }
 

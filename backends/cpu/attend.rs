@@ -11,7 +11,7 @@ use quaver_core::op::Heads;
 use rayon::prelude::*;
 
 use super::isa::Isa;
-use super::vector::{LANES, softmax};
+use super::vector::{LANES, Store, Work, softmax};
 
 /// Rows of a block.
 const BLOCK: usize = 8;
@@ -36,10 +36,10 @@ pub fn attend(isa: Isa, attended: &mut Vec<f32>, q: Slice, rows: RowsIn, heads: 
         }
     }
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, task| {
-        isa.with(|| task.run(scratch, q, rows, heads, kv));
+        isa.run(Running { task, scratch, q, rows, heads, kv });
     });
     let rows = attended.par_chunks_exact(width).zip(out.rows(width));
-    rows.for_each(|(y, mut out)| isa.with(|| out.store(y)));
+    rows.for_each(|(y, mut out)| isa.run(Store(&mut out, y)));
 }
 
 /// Rows of one sequence and one key-value head.
@@ -66,24 +66,35 @@ struct Scratch {
     turned: Vec<[f32; LANES]>,
 }
 
-impl Task<'_> {
+/// A task with what it needs.
+struct Running<'a> {
+    task: Task<'a>,
+    scratch: &'a mut Scratch,
+    q: Slice<'a>,
+    rows: RowsIn<'a>,
+    heads: Heads,
+    kv: KvIn<'a>,
+}
+
+impl Work for Running<'_> {
     #[inline(always)]
-    fn run(self, scratch: &mut Scratch, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn) {
+    fn run(self) {
+        let Running { task, scratch, q, rows, heads, kv } = self;
         let (dim, group) = (heads.dim, heads.q / heads.kv);
         let Scratch { q: queries, weights, page, turned } = scratch;
-        let longest = self.position + self.outs.len();
+        let longest = task.position + task.outs.len();
         let stride = longest.next_multiple_of(LANES);
-        queries.resize(self.outs.len() * group * dim, 0.0);
+        queries.resize(task.outs.len() * group * dim, 0.0);
         for (i, into) in queries.chunks_exact_mut(group * dim).enumerate() {
-            q.range((self.row + i) * heads.q * dim + self.head * group * dim, group * dim).load(into);
+            q.range((task.row + i) * heads.q * dim + task.head * group * dim, group * dim).load(into);
         }
-        weights.resize(self.outs.len() * group * stride, 0.0);
+        weights.resize(task.outs.len() * group * stride, 0.0);
         page.resize(kv.page_tokens * dim, 0.0);
         turned.resize(kv.page_tokens.div_ceil(LANES) * dim, [0.0; LANES]);
         let factor = kv.scales.0 / (dim as f32).sqrt();
         let pages = || (0..longest).step_by(kv.page_tokens);
         let load = |cache: Slice, first: usize, page: &mut [f32]| {
-            let start = rows.kv_row(self.seq, first, heads, self.head, kv.page_tokens) * dim;
+            let start = rows.kv_row(task.seq, first, heads, task.head, kv.page_tokens) * dim;
             let count = kv.page_tokens.min(longest - first);
             cache.range(start, count * dim).load(&mut page[..count * dim]);
             count
@@ -106,16 +117,16 @@ impl Task<'_> {
             }
         }
         for (i, weights) in weights.chunks_exact_mut(group * stride).enumerate() {
-            let context = self.position + i + 1;
+            let context = task.position + i + 1;
             weights.chunks_exact_mut(stride).for_each(|weights| softmax(&mut weights[..context], kv.scales.1));
         }
-        let mut outs = self.outs;
+        let mut outs = task.outs;
         outs.iter_mut().for_each(|out| out.fill(0.0));
         let mut partial = vec![0.0; dim];
         for first in pages() {
             let count = load(kv.v, first, page);
             for (i, (out, weights)) in outs.iter_mut().zip(weights.chunks_exact(group * stride)).enumerate() {
-                let count = count.min((self.position + i + 1).saturating_sub(first));
+                let count = count.min((task.position + i + 1).saturating_sub(first));
                 for (out, weights) in out.chunks_exact_mut(dim).zip(weights.chunks_exact(stride)) {
                     // Summing a page at a time keeps the error of a long context small.
                     partial.fill(0.0);

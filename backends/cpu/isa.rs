@@ -1,6 +1,7 @@
 //! Which instructions the cpu backend uses: what the machine has, or what the user forces.
 
 use super::portable::Portable;
+use super::vector::Work;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2::Avx2, avx512::Avx512, simd};
 use quaver_core::{Error, Result};
@@ -42,15 +43,14 @@ impl Isa {
         })
     }
 
-    /// Runs `f`, which should be inlined, with the vector instructions of this set.
-    #[inline]
-    pub fn with<R>(self, f: impl FnOnce() -> R) -> R {
+    /// Runs something with the vector instructions of this set.
+    pub fn run(self, work: impl Work) {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(wide, _) => simd::with_avx512(wide, f),
+            Isa::Avx512(wide, _) => simd::run_avx512(wide, work),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(narrow) => simd::with_avx2(narrow, f),
-            Isa::Portable(_) => f(),
+            Isa::Avx2(narrow) => simd::run_avx2(narrow, work),
+            Isa::Portable(_) => work.run(),
         }
     }
 

@@ -74,15 +74,14 @@ impl Kernels for CpuKernels {
         let rows = x.chunks_exact(d).zip(out.rows(d)).collect::<Vec<_>>();
         self.for_each(rows, |row: &mut Vec<f32>, (x, mut out)| {
             row.resize(d, 0.0);
-            isa.with(|| vector::rms_norm(x, gamma, eps, row));
-            isa.with(|| out.store(row));
+            isa.run(vector::RmsNorm { x, gamma, eps, row, out: &mut out });
         });
     }
 
     fn quantize(&mut self, x: &[f32], k: usize, out: ActOut) {
         let isa = self.isa;
         let rows = x.chunks_exact(k).zip(out.rows(k)).collect::<Vec<_>>();
-        self.for_each(rows, |_: &mut (), (x, mut out)| isa.with(|| out.store(x)));
+        self.for_each(rows, |_: &mut (), (x, mut out)| isa.run(vector::Store(&mut out, x)));
     }
 
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
@@ -101,9 +100,7 @@ impl Kernels for CpuKernels {
         self.for_each(rows, |(row, y): &mut (Vec<f32>, Vec<f32>), (i, mut out)| {
             row.resize(2 * f, 0.0);
             y.resize(f, 0.0);
-            isa.with(|| gate_up.row(i, 2 * f).load(row));
-            isa.with(|| vector::swiglu(row, y));
-            isa.with(|| out.store(y));
+            isa.run(vector::SwiGlu { gate_up: gate_up.row(i, 2 * f), row, y, out: &mut out });
         });
     }
 

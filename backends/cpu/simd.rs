@@ -7,6 +7,7 @@ use quaver_core::host::slices::Slice;
 
 use super::avx2::{self, Avx2};
 use super::avx512::{self, Avx512};
+use super::vector::Work;
 
 /// [`avx512::decode`].
 pub fn decode(_: Avx512, codes: &[u8], into: &mut [bf16]) {
@@ -44,22 +45,22 @@ pub fn rows_f32(_: Avx2, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
     unsafe { avx2::rows(x, w, padded, y) }
 }
 
-/// Runs a function with the vector instructions of AVX-512, as far as it is inlined here.
-pub fn with_avx512<R>(_: Avx512, f: impl FnOnce() -> R) -> R {
+/// Computes something with the vector instructions of AVX-512.
+pub fn run_avx512(_: Avx512, work: impl Work) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-    fn with<R>(f: impl FnOnce() -> R) -> R {
-        f()
+    fn run(work: impl Work) {
+        work.run();
     }
     // SAFETY: an `Avx512` exists only where these features were detected.
-    unsafe { with(f) }
+    unsafe { run(work) }
 }
 
-/// Runs a function with the vector instructions of AVX2, as far as it is inlined here.
-pub fn with_avx2<R>(_: Avx2, f: impl FnOnce() -> R) -> R {
+/// Computes something with the vector instructions of AVX2.
+pub fn run_avx2(_: Avx2, work: impl Work) {
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn with<R>(f: impl FnOnce() -> R) -> R {
-        f()
+    fn run(work: impl Work) {
+        work.run();
     }
     // SAFETY: an `Avx2` exists only where these features were detected.
-    unsafe { with(f) }
+    unsafe { run(work) }
 }

@@ -1,5 +1,57 @@
-//! Row-wise arithmetic in plain Rust, written so that the compiler turns it into vector instructions: those of the
-//! instruction set whose [`super::isa::Isa::with`] it is called in. Everything here is to be inlined there.
+//! Arithmetic in plain Rust, written so that the compiler turns it into the vector instructions of the set that
+//! [`super::isa::Isa::run`] runs it with: everything is inlined there.
+
+use quaver_core::host::slices::{RowOut, Slice};
+
+/// Something to compute with an instruction set. A trait, because a closure cannot be told to be inlined always.
+pub trait Work {
+    /// Computes it; implementations are `#[inline(always)]`.
+    fn run(self);
+}
+
+/// Rounds or quantizes a row.
+pub struct Store<'a, 'b>(pub &'a mut RowOut<'b>, pub &'a [f32]);
+
+impl Work for Store<'_, '_> {
+    #[inline(always)]
+    fn run(self) {
+        self.0.store(self.1);
+    }
+}
+
+/// A row of [`quaver_core::reference::rms_norm`]; `row` is scratch.
+pub struct RmsNorm<'a, 'b> {
+    pub x: &'a [f32],
+    pub gamma: &'a [f32],
+    pub eps: f32,
+    pub row: &'a mut [f32],
+    pub out: &'a mut RowOut<'b>,
+}
+
+impl Work for RmsNorm<'_, '_> {
+    #[inline(always)]
+    fn run(self) {
+        rms_norm(self.x, self.gamma, self.eps, self.row);
+        self.out.store(self.row);
+    }
+}
+
+/// A row of [`quaver_core::reference::swiglu`]; `row` (2 f) and `y` (f) are scratch.
+pub struct SwiGlu<'a, 'b> {
+    pub gate_up: Slice<'a>,
+    pub row: &'a mut [f32],
+    pub y: &'a mut [f32],
+    pub out: &'a mut RowOut<'b>,
+}
+
+impl Work for SwiGlu<'_, '_> {
+    #[inline(always)]
+    fn run(self) {
+        self.gate_up.load(self.row);
+        swiglu(self.row, self.y);
+        self.out.store(self.y);
+    }
+}
 
 /// Tokens whose scores are computed side by side.
 pub const LANES: usize = 16;
@@ -41,18 +93,16 @@ pub fn softmax(scores: &mut [f32], total: f32) {
     scores.iter_mut().for_each(|weight| *weight *= factor);
 }
 
-/// `out = silu(gate) * up`; see [`quaver_core::reference::swiglu`].
 #[inline(always)]
-pub fn swiglu(gate_up: &[f32], out: &mut [f32]) {
+fn swiglu(gate_up: &[f32], out: &mut [f32]) {
     let (gate, up) = gate_up.split_at(out.len());
     for ((y, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
         *y = gate / (1.0 + exp(-gate)) * up;
     }
 }
 
-/// See [`quaver_core::reference::rms_norm`].
 #[inline(always)]
-pub fn rms_norm(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
+fn rms_norm(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
     let mut sums = [0f64; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
     for x in whole {

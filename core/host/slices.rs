@@ -2,7 +2,6 @@
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::bf16;
-use half::slice::HalfFloatSliceExt;
 
 use crate::e4m3;
 use crate::op::DType;
@@ -61,10 +60,15 @@ impl<'a> Slice<'a> {
     }
 
     /// The values in f32: exact for each of the types; codes are decoded, but not scaled.
+    #[inline(always)]
     pub fn load(self, into: &mut [f32]) {
         match self {
             Slice::F32(x) => into.copy_from_slice(x),
-            Slice::Bf16(x) => x.convert_to_f32_slice(into),
+            Slice::Bf16(x) => {
+                for (y, x) in into.iter_mut().zip(x) {
+                    *y = f32::from_bits(u32::from(x.to_bits()) << 16);
+                }
+            }
             Slice::E4m3(x) => {
                 for (y, &code) in into.iter_mut().zip(x) {
                     *y = e4m3::decode(code);
@@ -158,10 +162,15 @@ impl<'a> SliceMut<'a> {
     }
 
     /// Stores values, rounded to nearest even; for codes they are multiplied by `inv` first.
+    #[inline(always)]
     pub fn store(&mut self, values: &[f32], inv: f32) {
         match self {
             SliceMut::F32(y) => y.copy_from_slice(values),
-            SliceMut::Bf16(y) => y.convert_from_f32_slice(values),
+            SliceMut::Bf16(y) => {
+                for (y, &x) in y.iter_mut().zip(values) {
+                    *y = round_to_bf16(x);
+                }
+            }
             SliceMut::E4m3(y) => {
                 for (code, &x) in y.iter_mut().zip(values) {
                     *code = e4m3::encode(x * inv);
@@ -265,6 +274,7 @@ enum RowScale<'a> {
 
 impl RowOut<'_> {
     /// Rounds or quantizes a whole row: the one rounding point of every op that writes activations.
+    #[inline(always)]
     pub fn store(&mut self, values: &[f32]) {
         let inv = match &mut self.scale {
             RowScale::Static(inv) => *inv,
@@ -277,8 +287,17 @@ impl RowOut<'_> {
     }
 }
 
+/// The bf16 nearest to `x`, ties to even; NaN stays NaN. As `bf16::from_f32`, without a branch.
+#[inline(always)]
+fn round_to_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    bf16::from_bits(if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { (rounded >> 16) as u16 })
+}
+
 /// The per-token scale of a row: amax / 448, the f32 epsilon where that is 0 (compressed-tensors, `calculate_qparams`)
 /// or subnormal: its reciprocal might be infinite, which makes NaN of the zeros of the row, and devices may flush it.
+#[inline(always)]
 pub fn dynamic_scale(values: &[f32]) -> f32 {
     let amax = values.iter().fold(0f32, |amax, x| amax.max(x.abs()));
     let scale = amax / e4m3::MAX;
