@@ -3,6 +3,7 @@
 
 mod attend;
 mod linear;
+mod machine;
 #[cfg(test)]
 mod tests;
 
@@ -44,9 +45,9 @@ pub fn default_threads() -> usize {
 pub fn describe(threads: usize) -> DeviceInfo {
     DeviceInfo {
         backend: "cpu",
-        name: format!("{} x {}", threads, std::env::consts::ARCH),
+        name: format!("{}, {threads} thread{}", machine::processor(), if threads == 1 { "" } else { "s" }),
         driver: "portable vectors".into(),
-        memory: None,
+        memory: machine::memory(),
         native_fp8: false,
     }
 }
