@@ -46,7 +46,7 @@ pub fn settle(
     let (mut got, mut ties) = run(runner, layer, ids, input, &flipped);
     while let Some(row) = (0..ids.len()).find(|&row| row_error(&got, row) > bound) {
         let error = row_error(&got, row);
-        let mut best: Option<(f64, Vec<Tie>, Vec<f32>, Vec<Tie>)> = None;
+        let mut best: Option<(f64, _, _, _)> = None;
         // The last line first: a flip there changes nothing but its own code, where an earlier one may tip later ties.
         // Rows before this one last: they were right without it.
         let mut candidates: Vec<Tie> = ties.iter().filter(|t| t.row <= row && !flipped.contains(t)).copied().collect();

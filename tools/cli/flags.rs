@@ -118,10 +118,17 @@ pub struct SamplingFlags {
     #[arg(long, value_name = "R", allow_negative_numbers = true, env = "QUAVER_FREQUENCY_PENALTY")]
     pub frequency_penalty: Option<f32>,
     /// The same seed gives the same text.
-    #[arg(long, value_name = "N", env = "QUAVER_SEED")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, env = "QUAVER_SEED")]
     pub seed: Option<u64>,
     /// Tokens to generate, at most.
-    #[arg(long, short = 'n', value_name = "N", default_value_t = 256, env = "QUAVER_MAX_TOKENS")]
+    #[arg(
+        long,
+        short = 'n',
+        value_name = "N",
+        default_value_t = 256,
+        allow_negative_numbers = true,
+        env = "QUAVER_MAX_TOKENS"
+    )]
     pub max_tokens: usize,
     /// End the answer before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]

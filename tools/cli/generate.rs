@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     messages: Vec<PathBuf>,
     /// Continue these token ids, such as 1,2,3; may be given several times.
-    #[arg(long, value_name = "IDS")]
+    #[arg(long, value_name = "IDS", allow_hyphen_values = true)]
     prompt_ids: Vec<String>,
     /// Answer prompts as messages of a user [default where the model has a chat template].
     #[arg(long, conflicts_with = "raw")]

@@ -27,9 +27,9 @@ pub enum Input {
 }
 
 impl Input {
-    /// A line editor where stdin is a terminal and there is one to draw on, which is stderr's.
+    /// A line editor where a person types and reads. It draws on stderr, and sends stdout's terminal commands as well.
     pub fn open() -> Self {
-        if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+        if !(io::stdin().is_terminal() && io::stdout().is_terminal() && io::stderr().is_terminal()) {
             return Input::Lines;
         }
         let editor = Reedline::create().with_validator(Box::new(Unfinished)).use_bracketed_paste(true);
