@@ -47,6 +47,9 @@ fn the_end_of_stdin_ends_it() {
     assert_eq!(chat(&[], ""), Ran { stdout: String::new(), stderr: String::new(), code: Some(0) });
     // The last line counts without its line break.
     assert_eq!(chat(&[], HOOK.0).stdout, format!("{}\n", HOOK.1));
+    // So does what still waits for more lines.
+    assert_eq!(chat(&[], &format!("{}\\\n", HOOK.0)).stdout, format!("{}\n", HOOK.1));
+    assert_eq!(chat(&[], &format!("\"\"\"\n{}\n", HOOK.0)).stdout, format!("{}\n", HOOK.1));
 }
 
 #[test]

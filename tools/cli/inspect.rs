@@ -339,6 +339,6 @@ mod tests {
     fn numbers_are_written_as_people_read_them() {
         assert_eq!(["0", "999", "1,000", "1,235,814,400"], [0, 999, 1000, 1_235_814_400].map(grouped).each_ref()[..]);
         assert_eq!((short_count(1_235_814_400), short_count(6_558_976)), ("1.2B".into(), "6.6M".into()));
-        assert_eq!(real(1e-5).to_string(), "1e-5");
+        assert_eq!(real(0.6).to_string(), "0.6");
     }
 }

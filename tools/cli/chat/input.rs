@@ -68,10 +68,10 @@ impl Input {
 fn read_entry(lines: &mut impl BufRead) -> Result<Option<String>> {
     let mut bytes = Vec::new();
     loop {
-        if lines.read_until(b'\n', &mut bytes)? == 0 && bytes.is_empty() {
+        let at_end = lines.read_until(b'\n', &mut bytes)? == 0;
+        if at_end && bytes.is_empty() {
             return Ok(None);
         }
-        let at_end = !bytes.ends_with(b"\n");
         let text = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
         let text = text.strip_suffix(b"\r").unwrap_or(text);
         let Ok(text) = std::str::from_utf8(text) else {

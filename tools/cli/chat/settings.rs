@@ -133,7 +133,8 @@ mod tests {
 
     #[test]
     fn what_means_nothing_is_refused_and_changes_nothing() {
-        let mut settings = settings();
+        let before = settings();
+        let mut settings = before.clone();
         for (name, value, why) in [
             ("temperature", "hot", r#"temperature: "hot" is not a number"#),
             ("top-p", "2", "top_p is 2; it must be above 0 and at most 1 (1 turns it off)"),
@@ -145,6 +146,6 @@ mod tests {
         }
         assert!(settings.set("warmth", "1").unwrap_err().to_string().starts_with("warmth: is no sampling parameter"));
         assert!(settings.set("stop", "[1]").is_err());
-        assert_eq!(settings, super::tests::settings());
+        assert_eq!(settings, before);
     }
 }
