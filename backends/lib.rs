@@ -67,12 +67,17 @@ impl fmt::Display for Spec {
 
 /// Opens a device. What was chosen, and why, is one line in the log.
 pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
-    let count = devices().iter().filter(|device| spec.kind == Kind::Auto || device.kind == spec.kind).count();
+    let devices = devices();
+    let kind = match (spec.kind, devices.first()) {
+        (Kind::Auto, Some(best)) => best.kind,
+        (kind, _) => kind,
+    };
+    let count = devices.iter().filter(|device| device.kind == kind).count();
     if spec.device >= count.max(1) {
         let why = format!("there is no device {}; this machine has {count} (see `quaver devices`)", spec.device);
-        return Err(Error::device(spec.kind.name(), why));
+        return Err(Error::device(kind.name(), why));
     }
-    let backend: Box<dyn Backend> = match spec.kind {
+    let backend: Box<dyn Backend> = match kind {
         Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads, spec.variant.as_deref())?),
         Kind::Reference => Box::new(Reference::open()),
     };
@@ -81,7 +86,7 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     Ok(backend)
 }
 
-/// A device of this machine, or why there is none of its kind.
+/// A device of this machine.
 #[derive(Clone, Debug)]
 pub struct Device {
     /// The backend that opens it.
@@ -111,4 +116,18 @@ pub fn variants() -> Vec<Spec> {
         specs.extend(names.into_iter().map(|variant| Spec { kind, device, threads: None, variant }));
     }
     specs
+}
+
+/// A backend that offers no device here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unavailable {
+    /// Its name.
+    pub backend: &'static str,
+    /// Why.
+    pub why: &'static str,
+}
+
+/// The backends that [`devices`] lists nothing of, and why.
+pub fn unavailable() -> Vec<Unavailable> {
+    ["cuda", "wgpu"].map(|backend| Unavailable { backend, why: "not in this build" }).into()
 }

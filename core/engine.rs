@@ -165,7 +165,7 @@ impl Engine {
         let least = prompt.len() + params.max_tokens.min(1);
         let most = context.min(self.llama.sizes.pages * PAGE_TOKENS);
         if least > most {
-            return Err(Error::PromptTooLong { got: least, max: most });
+            return Err(Error::PromptTooLong { got: prompt.len(), max: most });
         }
         let id = RequestId(self.next_id);
         self.next_id += 1;
@@ -330,15 +330,12 @@ impl Engine {
 }
 
 /// Buffer sizes for a checkpoint.
-fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
+pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
     let config = checkpoint.config();
     let context = options.max_model_len.unwrap_or(config.max_positions);
     if context == 0 || context > config.max_positions {
-        return Err(Error::Sampling {
-            name: "--max-model-len",
-            value: context.to_string(),
-            allowed: "at least 1 and at most the model's max_position_embeddings",
-        });
+        let why = format!("the model is made for {0} tokens; give 1 to {0}", config.max_positions);
+        return Err(Error::text(format!("--max-model-len {context}"), why));
     }
     let (sequences, rows) =
         (options.max_num_seqs.max(1), options.max_num_batched_tokens.max(options.max_num_seqs).max(1));

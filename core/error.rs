@@ -72,9 +72,12 @@ pub enum Error {
         why: String,
     },
     /// A prompt does not fit the context.
-    #[error("prompt has {got} tokens, the context holds {max}; raise --max-model-len or shorten it")]
+    #[error(
+        "prompt has {got} tokens, the context holds {max} and needs room for an answer; \
+         shorten it, or raise --max-model-len or --kv-cache-memory"
+    )]
     PromptTooLong {
-        /// Tokens of the prompt and of the answer that has to follow it.
+        /// Tokens of the prompt.
         got: usize,
         /// Tokens that a sequence can hold.
         max: usize,

@@ -13,6 +13,7 @@ pub mod kv;
 pub mod llama;
 pub mod op;
 pub mod philox;
+pub mod plan;
 mod program;
 pub mod reference;
 pub mod sampler;

@@ -120,7 +120,7 @@ impl Llm {
             name: files.name(),
             defaults: checkpoint.generation().clone(),
             tokenizer,
-            template: template(&files)?,
+            template: chat_template(&files)?,
             bos,
         })
     }
@@ -147,16 +147,7 @@ impl Llm {
 
     /// The sampling that the model's `generation_config.json` recommends.
     pub fn sampling_defaults(&self) -> SamplingParams {
-        let (config, open) = (&self.defaults, SamplingParams::default());
-        let greedy = config.do_sample == Some(false);
-        SamplingParams {
-            temperature: if greedy { 0.0 } else { config.temperature.unwrap_or(open.temperature) },
-            top_p: config.top_p.unwrap_or(open.top_p),
-            top_k: config.top_k.unwrap_or(open.top_k),
-            min_p: config.min_p.unwrap_or(open.min_p),
-            repetition_penalty: config.repetition_penalty.unwrap_or(open.repetition_penalty),
-            ..open
-        }
+        self.defaults.sampling()
     }
 
     /// Continues texts, as one batch; the outputs are in the order of the prompts.
@@ -239,7 +230,8 @@ impl Llm {
     }
 }
 
-fn template(files: &Files) -> Result<Option<ChatTemplate>> {
+/// The chat template of a model's files, with the special tokens that it may name; None where they hold none.
+pub fn chat_template(files: &Files) -> Result<Option<ChatTemplate>> {
     let (config, jinja) = (files.get("tokenizer_config.json")?, files.get("chat_template.jinja")?);
     let Some(template) = ChatTemplate::from_files(config.as_deref(), jinja.as_deref())? else { return Ok(None) };
     match files.get("special_tokens_map.json")? {

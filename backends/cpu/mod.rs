@@ -8,6 +8,7 @@ mod avx2;
 mod avx512;
 pub mod isa;
 mod linear;
+mod machine;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod simd;
@@ -57,9 +58,9 @@ pub fn default_threads() -> usize {
 pub fn describe(threads: usize, isa: Isa) -> DeviceInfo {
     DeviceInfo {
         backend: "cpu",
-        name: format!("{} x {}", threads, std::env::consts::ARCH),
+        name: format!("{}, {threads} thread{}", machine::processor(), if threads == 1 { "" } else { "s" }),
         driver: isa.name().into(),
-        memory: None,
+        memory: machine::memory(),
         native_fp8: false,
     }
 }

@@ -37,7 +37,13 @@ impl Files {
     /// The files of a folder, which must hold a `config.json`.
     pub fn dir(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let metadata = std::fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?;
+        let metadata = std::fs::metadata(&path).map_err(|e| match e.kind() {
+            ErrorKind::NotFound => {
+                let why = "is not there; give the folder that holds the model's config.json";
+                Error::checkpoint(path.display().to_string(), why)
+            }
+            _ => Error::io("read", &path, e),
+        })?;
         if !metadata.is_dir() {
             let why = "is not a folder; give the folder that holds the model's config.json";
             return Err(Error::checkpoint(path.display().to_string(), why));
@@ -154,8 +160,10 @@ mod tests {
             format!("{}: is not a folder; give the folder that holds the model's config.json", file.display())
         );
         let absent = dir.path().join("absent");
-        // What follows is the operating system's own.
-        assert!(message(&absent).starts_with(&format!("cannot read {}: ", absent.display())));
+        assert_eq!(
+            message(&absent),
+            format!("{}: is not there; give the folder that holds the model's config.json", absent.display())
+        );
     }
 
     #[test]

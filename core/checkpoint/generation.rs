@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use crate::error::Result;
 use crate::llama::LlamaConfig;
+use crate::sampler::SamplingParams;
 
 use super::json::Object;
 
@@ -49,6 +50,20 @@ impl GenerationConfig {
             min_p: number("min_p")?,
             repetition_penalty: number("repetition_penalty")?,
         })
+    }
+
+    /// The sampling that the file recommends; [`SamplingParams::default`] where it says nothing.
+    pub fn sampling(&self) -> SamplingParams {
+        let open = SamplingParams::default();
+        let greedy = self.do_sample == Some(false);
+        SamplingParams {
+            temperature: if greedy { 0.0 } else { self.temperature.unwrap_or(open.temperature) },
+            top_p: self.top_p.unwrap_or(open.top_p),
+            top_k: self.top_k.unwrap_or(open.top_k),
+            min_p: self.min_p.unwrap_or(open.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(open.repetition_penalty),
+            ..open
+        }
     }
 }
 

@@ -105,6 +105,16 @@ impl QuantizationConfig {
         let met = self.targets.iter().filter_map(|(target, scheme)| Some((target.meets(module)?, target, scheme)));
         met.min_by_key(|(kind, target, _)| (*kind, target.text())).and_then(|(_, _, scheme)| *scheme)
     }
+
+    /// What each name, pattern or class of the groups is quantized to, in alphabetical order.
+    pub fn targets(&self) -> impl Iterator<Item = (&str, Option<LinearScheme>)> {
+        self.targets.iter().map(|(target, scheme)| (target.text(), *scheme))
+    }
+
+    /// The names, patterns and classes that are left as they are.
+    pub fn ignored(&self) -> impl Iterator<Item = &str> {
+        self.ignore.iter().map(Target::text)
+    }
 }
 
 /// `quantization_config` as it is written.

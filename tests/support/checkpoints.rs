@@ -153,3 +153,20 @@ fn quantize_per_tensor(weight: &Owned) -> (Owned, Owned) {
         Owned { dtype: Dtype::F8_E4M3, shape: weight.shape.clone(), data: values.iter().map(code).collect() },
     )
 }
+
+/// Writes a BF16 checkpoint's tensors as F16, with its config.
+pub fn write_as_f16(model: &str, to: &Path) {
+    let from = folder(model);
+    let mut tensors = read(&from.join("model.safetensors"));
+    for tensor in tensors.values_mut() {
+        assert_eq!(tensor.dtype, Dtype::BF16);
+        tensor.dtype = Dtype::F16;
+        for bytes in tensor.data.chunks_exact_mut(2) {
+            let value = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+            bytes.copy_from_slice(&half::f16::from_f32(value).to_le_bytes());
+        }
+    }
+    let views = tensors.iter().map(|(name, t)| (name, TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
+    fs::write(to.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
+}

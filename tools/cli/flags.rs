@@ -3,8 +3,11 @@
 use clap::{Args, ValueEnum};
 use quaver::core::engine::EngineOptions;
 use quaver::core::llama::{KvCache, Profile};
+use quaver::text::StopStrings;
 use quaver::{Llm, LlmOptions, SamplingParams};
 use quaver_backends::{Kind, Spec};
+
+use super::Usage;
 
 /// Which model, where, and how large.
 #[derive(Args, Debug)]
@@ -98,19 +101,19 @@ impl DeviceFlags {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingFlags {
     /// 0 takes the likeliest token always; 1 is the model's own distribution.
-    #[arg(long, value_name = "T", env = "QUAVER_TEMPERATURE")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, env = "QUAVER_TEMPERATURE")]
     pub temperature: Option<f32>,
     /// Keep the likeliest tokens whose probabilities sum to this.
-    #[arg(long, value_name = "P", env = "QUAVER_TOP_P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, env = "QUAVER_TOP_P")]
     pub top_p: Option<f32>,
     /// Keep this many of the likeliest tokens; 0 keeps all.
-    #[arg(long, value_name = "K", env = "QUAVER_TOP_K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true, env = "QUAVER_TOP_K")]
     pub top_k: Option<u32>,
     /// Keep tokens at least this probable, relative to the likeliest.
-    #[arg(long, value_name = "P", env = "QUAVER_MIN_P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, env = "QUAVER_MIN_P")]
     pub min_p: Option<f32>,
     /// Divide the logits of tokens that occurred by this; 1 is off.
-    #[arg(long, value_name = "R", env = "QUAVER_REPETITION_PENALTY")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true, env = "QUAVER_REPETITION_PENALTY")]
     pub repetition_penalty: Option<f32>,
     /// Subtract this from the logits of tokens that were generated.
     #[arg(long, value_name = "R", allow_negative_numbers = true, env = "QUAVER_PRESENCE_PENALTY")]
@@ -119,10 +122,17 @@ pub struct SamplingFlags {
     #[arg(long, value_name = "R", allow_negative_numbers = true, env = "QUAVER_FREQUENCY_PENALTY")]
     pub frequency_penalty: Option<f32>,
     /// The same seed gives the same text.
-    #[arg(long, value_name = "N", env = "QUAVER_SEED")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, env = "QUAVER_SEED")]
     pub seed: Option<u64>,
     /// Tokens to generate, at most.
-    #[arg(long, short = 'n', value_name = "N", default_value_t = 256, env = "QUAVER_MAX_TOKENS")]
+    #[arg(
+        long,
+        short = 'n',
+        value_name = "N",
+        default_value_t = 256,
+        allow_negative_numbers = true,
+        env = "QUAVER_MAX_TOKENS"
+    )]
     pub max_tokens: usize,
     /// End the answer before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
@@ -148,6 +158,34 @@ impl SamplingFlags {
             ignore_eos: self.ignore_eos,
             ..defaults
         }
+    }
+
+    /// Refuses values that mean nothing before a model is loaded.
+    pub fn check(&self) -> Result<(), Usage> {
+        let usage = |error: quaver::Error| Usage(error.to_string());
+        self.params(SamplingParams::default()).validate().map_err(usage)?;
+        StopStrings::new(&self.stop).map(drop).map_err(usage)
+    }
+}
+
+/// What goes before all messages.
+#[derive(Args, Debug)]
+pub struct SystemFlag {
+    /// The system message that goes before prompts [env: QUAVER_SYSTEM].
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+}
+
+impl SystemFlag {
+    /// True where the flag itself is given.
+    pub fn is_given(&self) -> bool {
+        self.system.is_some()
+    }
+
+    /// The flag's text, or else the environment's. The parser is not asked for the latter: it would count as given,
+    /// and so exclude `--raw`.
+    pub fn get(&self) -> Option<String> {
+        self.system.clone().or_else(|| std::env::var("QUAVER_SYSTEM").ok())
     }
 }
 

@@ -8,11 +8,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 use quaver::core::engine::{FinishReason, Token};
-use quaver::{Completion, Error, Llm, Prompt, Request};
+use quaver::{Completion, Error, Llm, Prompt, Request, SamplingParams};
 use serde_json::{Value, json};
 
 use super::Usage;
-use super::flags::{ModelFlags, SamplingFlags};
+use super::flags::{ModelFlags, SamplingFlags, SystemFlag};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     messages: Vec<PathBuf>,
     /// Continue these token ids, such as 1,2,3; may be given several times.
-    #[arg(long, value_name = "IDS")]
+    #[arg(long, value_name = "IDS", allow_hyphen_values = true)]
     prompt_ids: Vec<String>,
     /// Answer prompts as messages of a user [default where the model has a chat template].
     #[arg(long, conflicts_with = "raw")]
@@ -36,9 +36,8 @@ pub struct Args {
     /// Continue prompts as plain text.
     #[arg(long)]
     raw: bool,
-    /// The system message that goes before prompts.
-    #[arg(long, value_name = "TEXT", conflicts_with = "raw", env = "QUAVER_SYSTEM")]
-    system: Option<String>,
+    #[command(flatten)]
+    system: SystemFlag,
     #[command(flatten)]
     sampling: SamplingFlags,
     /// Give the log-probability of each token, and of the N likeliest ones in its place; needs --json.
@@ -53,7 +52,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    // Prompts are read first, so that a mistake in them shows before a model is loaded.
+    // Prompts and parameters are read first, so that a mistake in them shows before a model is loaded.
+    if args.raw && args.system.is_given() {
+        return Err(Usage("--system and --raw exclude each other: plain text has no system message".into()).into());
+    }
+    args.sampling.check()?;
+    check_logprobs(&args)?;
     let texts = texts(&args)?;
     let conversations = args.messages.iter().map(|path| read_messages(path)).collect::<Result<Vec<_>>>()?;
     let ids = args.prompt_ids.iter().map(|ids| parse_ids(ids)).collect::<Result<Vec<_>>>()?;
@@ -64,8 +68,9 @@ pub fn run(args: Args) -> Result<()> {
     let start = Instant::now();
     let mut llm = args.model.open(count.min(MAX_BATCH))?;
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
-    let chat = !args.raw && (args.chat || args.system.is_some() || llm.has_chat_template());
-    let texts = texts.into_iter().map(|text| if chat { message(&args, text) } else { Prompt::Text(text) });
+    let chat = !args.raw && (args.chat || args.system.is_given() || llm.has_chat_template());
+    let system = args.system.get();
+    let texts = texts.into_iter().map(|text| if chat { message(system.as_deref(), text) } else { Prompt::Text(text) });
     let prompts = texts.chain(conversations.into_iter().map(Prompt::Messages)).chain(ids.into_iter().map(Prompt::Ids));
     let mut params = args.sampling.params(llm.sampling_defaults());
     params.logprobs = args.logprobs;
@@ -126,16 +131,27 @@ fn utf8(what: &str, bytes: Vec<u8>) -> Result<String> {
 
 fn read_messages(path: &Path) -> Result<Value> {
     let parsed = serde_json::from_slice(&read_file(path)?);
-    Ok(parsed.map_err(|e| Error::text(path.display().to_string(), format!("is not JSON: {e}")))?)
+    Ok(parsed.map_err(|e| {
+        Error::text(path.display().to_string(), format!("is not JSON: {e}; give an OpenAI messages array"))
+    })?)
 }
 
 fn parse_ids(ids: &str) -> Result<Vec<u32>> {
+    if ids.trim().is_empty() {
+        return Err(Usage("--prompt-ids is empty; give at least one token id, such as 1,2,3".into()).into());
+    }
     let parsed: Result<Vec<u32>, _> = ids.split(',').map(|id| id.trim().parse()).collect();
     parsed.map_err(|_| Usage(format!("--prompt-ids {ids}: token ids are expected, such as 1,2,3")).into())
 }
 
-fn message(args: &Args, text: String) -> Prompt {
-    let system = args.system.iter().map(|system| json!({"role": "system", "content": system}));
+fn check_logprobs(args: &Args) -> Result<()> {
+    let (logprobs, prompt_logprobs) = (args.logprobs, args.prompt_logprobs);
+    let params = SamplingParams { logprobs, prompt_logprobs, ..SamplingParams::default() };
+    Ok(params.validate().map_err(|error| Usage(error.to_string()))?)
+}
+
+fn message(system: Option<&str>, text: String) -> Prompt {
+    let system = system.iter().map(|system| json!({"role": "system", "content": system}));
     Prompt::Messages(system.chain([json!({"role": "user", "content": text})]).collect())
 }
 

@@ -6,11 +6,13 @@ mod devices;
 mod flags;
 mod generate;
 mod inspect;
+mod table;
 
 use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 /// Runs FP8 language models.
@@ -51,7 +53,10 @@ impl std::error::Error for Usage {}
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return refuse(&error),
+    };
     let level = ["warn", "info", "debug"][usize::from(args.verbose.min(2))];
     let env = env_logger::Env::default().default_filter_or(level);
     env_logger::Builder::from_env(env).format_timestamp_millis().init();
@@ -68,10 +73,36 @@ pub fn main() -> ExitCode {
     if args.verbose > 0 {
         eprintln!("quaver: {error:?}");
     } else {
-        // An error of the library holds its cause in its message; those of other crates are given with theirs.
-        eprintln!("quaver: {error}");
+        print_error(&error);
     }
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+/// One line, whatever a file's name or another library's message holds. An error of the library has its cause in its
+/// message.
+fn print_error(error: &anyhow::Error) {
+    eprintln!("quaver: {}", one_line(&error.to_string()));
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// What the parser of arguments has to say: help and version as they are, mistakes as one line like all others.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if !error.use_stderr() || is_help {
+        // Nobody is left to be told where the output is closed.
+        let _ = error.print();
+        return ExitCode::from(if is_help { 2 } else { 0 });
+    }
+    let text = error.to_string();
+    let what = text.split("\n\nUsage:").next().and_then(|text| text.split("\n\nFor more").next()).unwrap_or(&text);
+    // What follows a colon belongs to it; other lines are remarks.
+    let lines = what.trim_start_matches("error: ").lines().map(str::trim).filter(|line| !line.is_empty());
+    let what = lines.collect::<Vec<_>>().join("; ").replace(":; ", ": ");
+    eprintln!("quaver: {what} (see quaver --help)");
+    ExitCode::from(2)
 }
 
 /// True where the reader of stdout went away, as `head` does: nobody is left to be told.
