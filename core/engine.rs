@@ -22,11 +22,11 @@ pub struct EngineOptions {
     pub profile: Profile,
     /// The element type of the KV cache.
     pub kv_cache: KvCache,
-    /// Tokens that a sequence can have; None for what the model was made for.
+    /// Tokens that a sequence can have; None for what the model was made for. Fewer where the KV cache holds fewer.
     pub max_model_len: Option<usize>,
     /// Sequences that can be under way.
     pub max_num_seqs: usize,
-    /// Rows of a step.
+    /// Rows of a step; never fewer than sequences, so that each of them can go on in every step.
     pub max_num_batched_tokens: usize,
     /// Bytes that the KV cache may take, at most; it takes no more than all sequences can fill.
     pub kv_cache_memory: u64,
@@ -50,6 +50,10 @@ pub const PAGE_TOKENS: usize = 16;
 
 /// Rows that the head runs on at once: bounds the logits to 64 x vocabulary.
 const MAX_WANTED: usize = 64;
+
+/// Bounds of the options, many times what serving takes: buffers grow with either.
+const MAX_NUM_SEQS: usize = 1 << 12;
+const MAX_NUM_BATCHED_TOKENS: usize = 1 << 16;
 
 /// A request of one engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -163,13 +167,12 @@ impl Engine {
         }
         // A prompt that leaves no room for a token is as useless as one that does not fit, unless none is asked for.
         let least = prompt.len() + params.max_tokens.min(1);
-        let most = context.min(self.llama.sizes.pages * PAGE_TOKENS);
-        if least > most {
-            return Err(Error::PromptTooLong { got: least, max: most });
+        if least > context {
+            return Err(Error::PromptTooLong { got: least, max: context });
         }
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        let limit = prompt.len().saturating_add(params.max_tokens).min(most);
+        let limit = prompt.len().saturating_add(params.max_tokens).min(context);
         self.scheduler.submit(id, Sequence::new(prompt.to_vec(), limit));
         let seed = params.seed.unwrap_or_else(random_seed);
         self.requests.insert(id, Request { params, seed, prompt: prompt.len() });
@@ -329,24 +332,22 @@ impl Engine {
     }
 }
 
-/// Buffer sizes for a checkpoint.
+/// Buffer sizes for a checkpoint: what the options allow, and no more than the KV cache can serve.
 fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
     let config = checkpoint.config();
-    let context = options.max_model_len.unwrap_or(config.max_positions);
-    if context == 0 || context > config.max_positions {
-        return Err(Error::Sampling {
-            name: "--max-model-len",
-            value: context.to_string(),
-            allowed: "at least 1 and at most the model's max_position_embeddings",
-        });
-    }
-    let (sequences, rows) =
-        (options.max_num_seqs.max(1), options.max_num_batched_tokens.max(options.max_num_seqs).max(1));
+    let wanted = options.max_model_len.unwrap_or(config.max_positions);
+    let allowed = "at least 1 and at most the model's max_position_embeddings";
+    bounded("--max-model-len", wanted, config.max_positions, allowed)?;
+    let EngineOptions { max_num_seqs: sequences, max_num_batched_tokens: rows, .. } = *options;
+    bounded("--max-num-seqs", sequences, MAX_NUM_SEQS, "at least 1 and at most 4096")?;
+    bounded("--max-num-batched-tokens", rows, MAX_NUM_BATCHED_TOKENS, "at least 1 and at most 65536")?;
+
     let fp8 = options.kv_cache == KvCache::Fp8 || checkpoint.kv_scales(0)?.is_some();
     let dtype = if fp8 { DType::E4m3 } else { options.profile.dtype() };
     let page_bytes = 2 * config.layers * config.heads.kv * config.heads.dim * dtype.size() * PAGE_TOKENS;
-    let all = sequences * context.div_ceil(PAGE_TOKENS);
-    let pages = all.min(usize::try_from(options.kv_cache_memory).unwrap_or(usize::MAX) / page_bytes);
+    // Page numbers are u32.
+    let pages = (options.kv_cache_memory / page_bytes as u64).min(u64::from(u32::MAX)) as usize;
+    let pages = pages.min(sequences * wanted.div_ceil(PAGE_TOKENS));
     if pages == 0 {
         return Err(Error::OutOfMemory {
             what: "one page of the KV cache".into(),
@@ -355,7 +356,22 @@ fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
             remedy: "raise --kv-cache-memory",
         });
     }
+    let tokens = pages * PAGE_TOKENS;
+    let context = wanted.min(tokens);
+    if context < wanted {
+        log::warn!("the KV cache holds {context} tokens, fewer than the context of {wanted}; raise --kv-cache-memory");
+    }
+    let sequences = sequences.min(pages);
+    let rows = rows.max(sequences).min(tokens);
     Ok(Sizes { rows, wanted: MAX_WANTED.min(rows), sequences, context, pages, page_tokens: PAGE_TOKENS })
+}
+
+/// An error unless an option lies from 1 to `most`.
+fn bounded(name: &'static str, value: usize, most: usize, allowed: &'static str) -> Result<()> {
+    if (1..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::Sampling { name, value: value.to_string(), allowed })
 }
 
 /// A seed where the user gave none: the standard library's per-process random keys.
