@@ -22,7 +22,8 @@ pub enum Input {
 
 /// One `Linear` of the program: a projection, or several side by side.
 pub struct Projection {
-    /// What it is called: the module's name, or `...qkv_proj`, `...gate_up_proj`.
+    /// What it is called: the module's name; `...qkv_proj` or `...gate_up_proj` where all are one, `...q_proj+k_proj`
+    /// where some are.
     pub label: String,
     /// `[n, k]`.
     pub weight: Weight,
@@ -144,6 +145,8 @@ impl Raw {
     }
 
     fn join(&mut self, other: Raw) {
+        let leaf = other.module.rsplit('.').next().unwrap_or_default();
+        self.module = format!("{}+{leaf}", self.module);
         self.rows += other.rows;
         self.data.extend(other.data);
         if let (Some(scale), Some(more)) = (&mut self.scale, other.scale) {
