@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::kv::Pages;
 use crate::llama::{KvCache, Llama, Profile, Sizes};
 use crate::op::{Backend, DType, DeviceInfo, Plan};
-use crate::sampler::{Count, NO_TOKEN, RowParams, Sampled, SamplingParams};
+use crate::sampler::{Count, RowParams, Sampled, SamplingParams};
 use crate::scheduler::{Scheduler, Sequence};
 
 /// How an engine is laid out. The defaults serve a command line.
@@ -108,6 +108,14 @@ struct Request {
 enum Want {
     Score(RequestId),
     Choose(RequestId),
+}
+
+impl Want {
+    fn id(&self) -> RequestId {
+        match *self {
+            Want::Score(id) | Want::Choose(id) => id,
+        }
+    }
 }
 
 /// See the module.
@@ -294,30 +302,31 @@ impl Engine {
                 continue;
             };
             sequence.computed += share.rows;
-            let mut scores = Vec::new();
-            while let Some((_, sampled)) =
-                results.next_if(|(want, _)| matches!(want, Want::Score(id) if *id == share.id))
-            {
-                scores.push(Token::from(sampled));
+            let (mut scores, mut chosen, mut damaged) = (Vec::new(), None, false);
+            while let Some((want, sampled)) = results.next_if(|(want, _)| want.id() == share.id) {
+                damaged |= sampled.rank == 0 || sampled.bad_logits > 0;
+                match want {
+                    Want::Score(_) => scores.push(Token::from(sampled)),
+                    Want::Choose(_) => chosen = Some(Token::from(sampled)),
+                }
+            }
+            let mut end = None;
+            if damaged {
+                let why = "the logits are not finite: the checkpoint is damaged, or the device is";
+                end = Some(Output::Failed(Error::device(self.backend.describe().backend, why)));
+                (scores, chosen) = (Vec::new(), None);
             }
             if !scores.is_empty() {
                 outputs.push((share.id, Output::Prompt(scores)));
             }
-            let mut end = None;
-            if let Some((_, sampled)) = results.next_if(|(want, _)| matches!(want, Want::Choose(id) if *id == share.id))
-            {
-                if sampled.token == NO_TOKEN || sampled.bad_logits > 0 {
-                    let why = "the logits are not finite: the checkpoint is damaged, or the device is";
-                    end = Some(Output::Failed(Error::device(self.backend.describe().backend, why)));
-                } else {
-                    sequence.tokens.push(sampled.token);
-                    outputs.push((share.id, Output::Token(Token::from(sampled))));
-                    let params = &request.params;
-                    let eos = !params.ignore_eos && self.eos.contains(&sampled.token);
-                    if eos || params.stop_token_ids.contains(&sampled.token) {
-                        end = Some(Output::Finished(FinishReason::Stop));
-                    }
+            if let Some(token) = chosen {
+                let params = &request.params;
+                let eos = !params.ignore_eos && self.eos.contains(&token.id);
+                if eos || params.stop_token_ids.contains(&token.id) {
+                    end = Some(Output::Finished(FinishReason::Stop));
                 }
+                sequence.tokens.push(token.id);
+                outputs.push((share.id, Output::Token(token)));
             }
             if end.is_none() && sequence.computed.max(sequence.tokens.len()) >= sequence.limit {
                 let prompt_done = sequence.computed >= request.prompt;
