@@ -129,14 +129,13 @@ impl Llama {
             sampled: builder.wanted("sampled", DType::U32, size_of::<Sampled>() / 4)?,
         };
         let embed = Op::Embed { ids: inputs.ids, table, out: outputs.residual };
+        let kv = (0..config.layers).map(|layer| builder.kv(&config, layer, kv_cache)).collect::<Result<Vec<_>>>()?;
         let context = sizes.pages_a_sequence() * sizes.page_tokens;
         let rope = config.rope.table(config.heads.dim, context);
         let rope = load_f32(builder.backend, "rope", context, config.heads.dim, &rope)?;
-        let (mut layers, mut kv) = (Vec::new(), Vec::new());
-        for (layer, weights) in weights.into_iter().enumerate() {
-            let cache = builder.kv(&config, layer, kv_cache)?;
-            layers.push(builder.layer(&config, layer, weights, &inputs, outputs.residual, rope, cache)?);
-            kv.push(cache);
+        let mut layers = Vec::new();
+        for (layer, (weights, kv)) in weights.into_iter().zip(&kv).enumerate() {
+            layers.push(builder.layer(&config, layer, weights, &inputs, outputs.residual, rope, *kv)?);
         }
         let head = builder.head(&config, head, &inputs, &outputs)?;
         let embed = Line { label: "model.embed_tokens".into(), op: embed };
