@@ -27,6 +27,9 @@ pub struct Tie {
     other: u8,
 }
 
+/// A run with some ties rounded the other way: the row's error, those ties, the layer's output, and the ties along it.
+type Attempt = (f64, Vec<Tie>, Vec<f32>, Vec<Tie>);
+
 /// The layer's error against `want`, and the ties that had to be rounded the other way to bring every row within
 /// `bound`. Attention is causal: rows are settled in order, each by ties of its own or of rows before it.
 pub fn settle(
@@ -46,7 +49,7 @@ pub fn settle(
     let (mut got, mut ties) = run(runner, layer, ids, input, &flipped);
     while let Some(row) = (0..ids.len()).find(|&row| row_error(&got, row) > bound) {
         let error = row_error(&got, row);
-        let mut best: Option<(f64, Vec<Tie>, Vec<f32>, Vec<Tie>)> = None;
+        let mut best: Option<Attempt> = None;
         // The last line first: a flip there changes nothing but its own code, where an earlier one may tip later ties.
         // Rows before this one last: they were right without it.
         let mut candidates: Vec<Tie> = ties.iter().filter(|t| t.row <= row && !flipped.contains(t)).copied().collect();
