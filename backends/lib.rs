@@ -55,6 +55,12 @@ pub struct Spec {
     pub variant: Option<String>,
 }
 
+impl From<Kind> for Spec {
+    fn from(kind: Kind) -> Self {
+        Spec { kind, ..Spec::default() }
+    }
+}
+
 impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.kind.name())?;

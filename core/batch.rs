@@ -45,9 +45,18 @@ impl Batch {
         self.wanted.len()
     }
 
-    /// Writes everything but the wanted rows.
+    /// Writes everything but the wanted rows. Fails where the batch is larger than the model's buffers.
     pub fn write(&self, llama: &Llama, backend: &mut dyn Backend) -> Result<()> {
         let (rows, sizes) = (llama.inputs.rows, &llama.sizes);
+        at_most("rows", self.rows(), sizes.rows)?;
+        at_most("runs of rows", self.spans.len(), sizes.sequences)?;
+        let seqs = self.seq.iter().copied().chain(self.params.iter().map(|params| params.seq));
+        at_most("sequences", seqs.max().map_or(0, |seq| seq as usize + 1), sizes.sequences)?;
+        at_most(
+            "rows up to the last wanted one",
+            self.wanted.iter().max().map_or(0, |row| *row as usize + 1),
+            self.rows(),
+        )?;
         if let Some(&id) = self.ids.iter().find(|&&id| id as usize >= llama.config.vocab) {
             return Err(Error::TokenOutOfRange { id, vocab: llama.config.vocab });
         }
@@ -63,9 +72,19 @@ impl Batch {
 
     /// Writes `count` of the wanted rows from `first` on, and how much of all buffers is in use.
     pub fn write_wanted(&self, llama: &Llama, backend: &mut dyn Backend, first: usize, count: usize) -> Result<()> {
+        at_most("wanted rows", count, llama.sizes.wanted)?;
+        at_most("wanted rows", first.saturating_add(count), self.wanted())?;
         backend.write(llama.inputs.wanted, 0, cast_slice(&self.wanted[first..first + count]))?;
         backend.write(llama.inputs.params, 0, cast_slice(&self.params[first..first + count]))?;
         let live = [self.rows(), count, self.spans.len()].map(|n| n as u32);
         backend.write(llama.inputs.live, 0, cast_slice(&live))
     }
+}
+
+/// A batch that does not fit is its builder's mistake, as is a program that does not.
+fn at_most(what: &str, got: usize, most: usize) -> Result<()> {
+    if got <= most {
+        return Ok(());
+    }
+    Err(Error::Program { line: 0, op: "batch".into(), why: format!("{got} {what} do not fit {most}") })
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::kv::Pages;
 use crate::llama::{KvCache, Llama, Profile, Sizes};
 use crate::op::{Backend, DType, DeviceInfo, Plan};
-use crate::sampler::{Count, NO_TOKEN, RowParams, Sampled, SamplingParams};
+use crate::sampler::{Count, RowParams, Sampled, SamplingParams};
 use crate::scheduler::{Scheduler, Sequence};
 
 /// How an engine is laid out. The defaults serve a command line.
@@ -22,11 +22,11 @@ pub struct EngineOptions {
     pub profile: Profile,
     /// The element type of the KV cache.
     pub kv_cache: KvCache,
-    /// Tokens that a sequence can have; None for what the model was made for.
+    /// Tokens that a sequence can have; None for what the model was made for. Fewer where the KV cache holds fewer.
     pub max_model_len: Option<usize>,
     /// Sequences that can be under way.
     pub max_num_seqs: usize,
-    /// Rows of a step.
+    /// Rows of a step; never fewer than sequences, so that each of them can go on in every step.
     pub max_num_batched_tokens: usize,
     /// Bytes that the KV cache may take, at most; it takes no more than all sequences can fill.
     pub kv_cache_memory: u64,
@@ -50,6 +50,10 @@ pub const PAGE_TOKENS: usize = 16;
 
 /// Rows that the head runs on at once: bounds the logits to 64 x vocabulary.
 const MAX_WANTED: usize = 64;
+
+/// Bounds of the options, many times what serving takes: buffers grow with either.
+const MAX_NUM_SEQS: usize = 1 << 12;
+const MAX_NUM_BATCHED_TOKENS: usize = 1 << 16;
 
 /// A request of one engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -104,6 +108,14 @@ struct Request {
 enum Want {
     Score(RequestId),
     Choose(RequestId),
+}
+
+impl Want {
+    fn id(&self) -> RequestId {
+        match *self {
+            Want::Score(id) | Want::Choose(id) => id,
+        }
+    }
 }
 
 /// See the module.
@@ -163,13 +175,12 @@ impl Engine {
         }
         // A prompt that leaves no room for a token is as useless as one that does not fit, unless none is asked for.
         let least = prompt.len() + params.max_tokens.min(1);
-        let most = context.min(self.llama.sizes.pages * PAGE_TOKENS);
-        if least > most {
-            return Err(Error::PromptTooLong { got: prompt.len(), max: most });
+        if least > context {
+            return Err(Error::PromptTooLong { got: prompt.len(), max: context });
         }
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        let limit = prompt.len().saturating_add(params.max_tokens).min(most);
+        let limit = prompt.len().saturating_add(params.max_tokens).min(context);
         self.scheduler.submit(id, Sequence::new(prompt.to_vec(), limit));
         let seed = params.seed.unwrap_or_else(random_seed);
         self.requests.insert(id, Request { params, seed, prompt: prompt.len() });
@@ -291,30 +302,31 @@ impl Engine {
                 continue;
             };
             sequence.computed += share.rows;
-            let mut scores = Vec::new();
-            while let Some((_, sampled)) =
-                results.next_if(|(want, _)| matches!(want, Want::Score(id) if *id == share.id))
-            {
-                scores.push(Token::from(sampled));
+            let (mut scores, mut chosen, mut damaged) = (Vec::new(), None, false);
+            while let Some((want, sampled)) = results.next_if(|(want, _)| want.id() == share.id) {
+                damaged |= sampled.rank == 0 || sampled.bad_logits > 0;
+                match want {
+                    Want::Score(_) => scores.push(Token::from(sampled)),
+                    Want::Choose(_) => chosen = Some(Token::from(sampled)),
+                }
+            }
+            let mut end = None;
+            if damaged {
+                let why = "the logits are not finite: the checkpoint is damaged, or the device is";
+                end = Some(Output::Failed(Error::device(self.backend.describe().backend, why)));
+                (scores, chosen) = (Vec::new(), None);
             }
             if !scores.is_empty() {
                 outputs.push((share.id, Output::Prompt(scores)));
             }
-            let mut end = None;
-            if let Some((_, sampled)) = results.next_if(|(want, _)| matches!(want, Want::Choose(id) if *id == share.id))
-            {
-                if sampled.token == NO_TOKEN || sampled.bad_logits > 0 {
-                    let why = "the logits are not finite: the checkpoint is damaged, or the device is";
-                    end = Some(Output::Failed(Error::device(self.backend.describe().backend, why)));
-                } else {
-                    sequence.tokens.push(sampled.token);
-                    outputs.push((share.id, Output::Token(Token::from(sampled))));
-                    let params = &request.params;
-                    let eos = !params.ignore_eos && self.eos.contains(&sampled.token);
-                    if eos || params.stop_token_ids.contains(&sampled.token) {
-                        end = Some(Output::Finished(FinishReason::Stop));
-                    }
+            if let Some(token) = chosen {
+                let params = &request.params;
+                let eos = !params.ignore_eos && self.eos.contains(&token.id);
+                if eos || params.stop_token_ids.contains(&token.id) {
+                    end = Some(Output::Finished(FinishReason::Stop));
                 }
+                sequence.tokens.push(token.id);
+                outputs.push((share.id, Output::Token(token)));
             }
             if end.is_none() && sequence.computed.max(sequence.tokens.len()) >= sequence.limit {
                 let prompt_done = sequence.computed >= request.prompt;
@@ -329,21 +341,24 @@ impl Engine {
     }
 }
 
-/// Buffer sizes for a checkpoint.
+/// Buffer sizes for a checkpoint: what the options allow, and no more than the KV cache can serve.
 pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
     let config = checkpoint.config();
-    let context = options.max_model_len.unwrap_or(config.max_positions);
-    if context == 0 || context > config.max_positions {
+    let wanted = options.max_model_len.unwrap_or(config.max_positions);
+    if wanted == 0 || wanted > config.max_positions {
         let why = format!("the model is made for {0} tokens; give 1 to {0}", config.max_positions);
-        return Err(Error::text(format!("--max-model-len {context}"), why));
+        return Err(Error::text(format!("--max-model-len {wanted}"), why));
     }
-    let (sequences, rows) =
-        (options.max_num_seqs.max(1), options.max_num_batched_tokens.max(options.max_num_seqs).max(1));
+    let EngineOptions { max_num_seqs: sequences, max_num_batched_tokens: rows, .. } = *options;
+    bounded("--max-num-seqs", sequences, MAX_NUM_SEQS, "at least 1 and at most 4096")?;
+    bounded("--max-num-batched-tokens", rows, MAX_NUM_BATCHED_TOKENS, "at least 1 and at most 65536")?;
+
     let fp8 = options.kv_cache == KvCache::Fp8 || checkpoint.kv_scales(0)?.is_some();
     let dtype = if fp8 { DType::E4m3 } else { options.profile.dtype() };
     let page_bytes = 2 * config.layers * config.heads.kv * config.heads.dim * dtype.size() * PAGE_TOKENS;
-    let all = sequences * context.div_ceil(PAGE_TOKENS);
-    let pages = all.min(usize::try_from(options.kv_cache_memory).unwrap_or(usize::MAX) / page_bytes);
+    // Page numbers are u32.
+    let pages = (options.kv_cache_memory / page_bytes as u64).min(u64::from(u32::MAX)) as usize;
+    let pages = pages.min(sequences * wanted.div_ceil(PAGE_TOKENS));
     if pages == 0 {
         return Err(Error::OutOfMemory {
             what: "one page of the KV cache".into(),
@@ -352,7 +367,22 @@ pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<
             remedy: "raise --kv-cache-memory",
         });
     }
+    let tokens = pages * PAGE_TOKENS;
+    let context = wanted.min(tokens);
+    if context < wanted {
+        log::warn!("the KV cache holds {context} tokens, fewer than the context of {wanted}; raise --kv-cache-memory");
+    }
+    let sequences = sequences.min(pages);
+    let rows = rows.max(sequences).min(tokens);
     Ok(Sizes { rows, wanted: MAX_WANTED.min(rows), sequences, context, pages, page_tokens: PAGE_TOKENS })
+}
+
+/// An error unless an option lies from 1 to `most`.
+fn bounded(name: &'static str, value: usize, most: usize, allowed: &'static str) -> Result<()> {
+    if (1..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::Sampling { name, value: value.to_string(), allowed })
 }
 
 /// A seed where the user gave none: the standard library's per-process random keys.

@@ -83,13 +83,18 @@ impl Checkpoint {
         Ok(LinearWeights { name: module.to_owned(), weight, input })
     }
 
-    /// The scales of the keys and of the values of a layer, where the config says that the checkpoint brings them.
+    /// The scales of the keys and of the values of a layer, where the config says that the checkpoint brings them:
+    /// `k_scale` and `v_scale`, or, in checkpoints of 2024, the output scales of the projections.
     pub fn kv_scales(&self, layer: usize) -> Result<Option<(f32, f32)>> {
         if self.quantization().is_none_or(|quantization| quantization.kv_cache.is_none()) {
             return Ok(None);
         }
         let module = format!("model.layers.{layer}.self_attn");
-        Ok(Some((self.scale(&module, "k_scale")?, self.scale(&module, "v_scale")?)))
+        let scale = |which: &str, of_2024: &str| match self.find(&format!("{module}.{which}")) {
+            None if self.find(&format!("{module}.{of_2024}")).is_some() => self.scale(&module, of_2024),
+            _ => self.scale(&module, which),
+        };
+        Ok(Some((scale("k_scale", "k_proj.output_scale")?, scale("v_scale", "v_proj.output_scale")?)))
     }
 
     /// `<module>.weight`; where it is missing, the name of what stands in its place.

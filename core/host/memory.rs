@@ -1,6 +1,7 @@
 //! The buffers of a host backend. Constants may be shared bytes in several parts (tensors that the checkpoint keeps
 //! apart but one op reads together); everything else is owned words.
 
+use bytemuck::allocation::try_zeroed_vec;
 use bytemuck::{cast_slice, cast_slice_mut};
 
 use super::slices::{ActIn, ActOut, ScaleIn, ScaleOut, Slice, SliceMut};
@@ -35,10 +36,10 @@ impl Part {
 }
 
 impl Memory {
-    /// A zeroed buffer. Its pages are the operating system's until they are touched.
-    pub fn alloc(&mut self, desc: &BufDesc) -> Buf {
-        let words = vec![0; desc.bytes().div_ceil(4)];
-        self.insert(Buffer { desc: desc.clone(), parts: vec![Part::Owned(words)], constant: false })
+    /// A zeroed buffer, where there is memory for it. Its pages are the operating system's until they are touched.
+    pub fn alloc(&mut self, desc: &BufDesc) -> Option<Buf> {
+        let words = try_zeroed_vec(desc.bytes().div_ceil(4)).ok()?;
+        Some(self.insert(Buffer { desc: desc.clone(), parts: vec![Part::Owned(words)], constant: false }))
     }
 
     /// A constant over shared bytes; a part that is not aligned for its dtype is copied.

@@ -131,12 +131,17 @@ impl<K: Kernels> HostBackend<K> {
     fn live(&self, program: &Program) -> Result<Live> {
         let words = self.memory.u32s(program.live);
         let live = Live { rows: words[0] as usize, wanted: words[1] as usize, spans: words[2] as usize };
-        if live.rows > program.rows || live.wanted > program.wanted {
-            let (rows, wanted) = (program.rows, program.wanted);
-            return Err(self.fail(format!(
-                "a step of {} rows and {} wanted ones does not fit a program of {rows} and {wanted}",
-                live.rows, live.wanted
-            )));
+        let spans = program.lines.iter().filter_map(|line| match line.op {
+            Op::RopeAppend { rows, .. } | Op::Attend { rows, .. } => Some(self.memory.desc(rows.spans).rows.capacity()),
+            _ => None,
+        });
+        let spans = spans.min().unwrap_or(live.spans);
+        if live.rows > program.rows || live.wanted > program.wanted || live.spans > spans {
+            let limits = format!("{} rows, {} wanted ones and {spans} spans", program.rows, program.wanted);
+            let Live { rows, wanted, spans } = live;
+            let why =
+                format!("a step of {rows} rows, {wanted} wanted ones and {spans} spans, in a program of {limits}");
+            return Err(self.fail(why));
         }
         Ok(live)
     }
@@ -251,7 +256,9 @@ impl<K: Kernels> Backend for HostBackend<K> {
     }
 
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
-        Ok(self.memory.alloc(desc))
+        let remedy = "lower --max-model-len, --max-num-seqs, --max-num-batched-tokens or --kv-cache-memory";
+        let why = || format!("there is no memory for the {} bytes of {}; {remedy}", desc.bytes(), desc.name);
+        self.memory.alloc(desc).ok_or_else(|| self.fail(why()))
     }
 
     fn load(&mut self, desc: &BufDesc, parts: &[Bytes]) -> Result<Buf> {
@@ -321,8 +328,50 @@ impl<K: Kernels> Backend for HostBackend<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::op::{DType, Extent};
+    use crate::op::{DType, Extent, Kv, Rows};
     use crate::reference::Reference;
+
+    #[test]
+    fn a_buffer_larger_than_memory_is_refused() {
+        let desc = BufDesc::new("cache", DType::F32, Extent::Fixed(1 << 30), 1 << 30);
+        let error = Reference::open().alloc(&desc).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "reference: there is no memory for the 4611686018427387904 bytes of cache; lower --max-model-len, \
+             --max-num-seqs, --max-num-batched-tokens or --kv-cache-memory"
+        );
+    }
+
+    #[test]
+    fn a_step_larger_than_its_program_is_refused() {
+        let mut backend = Reference::open();
+        let mut alloc = |name: &str, dtype, rows, cols| backend.alloc(&BufDesc::new(name, dtype, rows, cols)).unwrap();
+        let (rows, fixed) = (Extent::Rows(4), Extent::Fixed(4));
+        let live = alloc("live", DType::U32, Extent::Fixed(1), 3);
+        let who = Rows {
+            seq: alloc("seq", DType::U32, rows, 1),
+            position: alloc("position", DType::U32, rows, 1),
+            page_table: alloc("page_table", DType::U32, Extent::Fixed(2), 1),
+            spans: alloc("spans", DType::U32, Extent::Fixed(2), 4),
+        };
+        let (q, out) = (alloc("q", DType::F32, rows, 2), alloc("out", DType::F32, rows, 2));
+        let [k, v] = ["k", "v"].map(|name| alloc(name, DType::F32, fixed, 2));
+        let kv = Kv { k, v, page_tokens: 2, scales: None };
+        let mut program = Program::new(3, 0, live);
+        let heads = Heads { q: 1, kv: 1, dim: 2 };
+        program.push("attend", Op::Attend { q, rows: who, heads, kv, out: Act::Real(out) });
+        let plan = backend.record(&program).unwrap();
+        for (step, fits) in [([3u32, 0, 2], true), ([4, 0, 2], false), ([3, 1, 2], false), ([3, 0, 3], false)] {
+            backend.write(live, 0, bytemuck::cast_slice(&step)).unwrap();
+            let result = backend.run(plan);
+            let [rows, wanted, spans] = step;
+            let why = format!(
+                "reference: a step of {rows} rows, {wanted} wanted ones and {spans} spans, in a program of 3 rows, 0 \
+                 wanted ones and 2 spans"
+            );
+            assert_eq!(result.map(drop).map_err(|e| e.to_string()), if fits { Ok(()) } else { Err(why) });
+        }
+    }
 
     #[test]
     fn reading_a_constant_in_several_parts_is_refused() {

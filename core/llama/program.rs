@@ -1,12 +1,10 @@
 //! Llama as a list of ops. The lines are built once, with the buffers that they name; programs of all sizes share them.
 
 use super::config::LlamaConfig;
-use super::weights::{Input, Projection, load_f32, load_matrix, load_projections, load_vector};
+use super::weights::{EMBEDDING, HeadWeights, Input, LayerWeights, Projection, load_f32, load_matrix};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::op::{
-    Act, Backend, Buf, BufDesc, Cols, DType, Extent, Kv, Line, Op, Program, Rows, Scale, StaticScale, Weight,
-};
+use crate::op::{Act, Backend, Buf, BufDesc, Cols, DType, Extent, Kv, Line, Op, Program, Rows, Scale, StaticScale};
 use crate::sampler::{RowParams, Sampled};
 
 /// What everything that is not FP8 by the checkpoint is kept in.
@@ -109,7 +107,8 @@ pub struct Llama {
 }
 
 impl Llama {
-    /// Loads the weights, allocates all buffers, and builds the lines.
+    /// Loads the weights, allocates all buffers, and builds the lines. In this order, because the tensors bear out the
+    /// sizes that the config claims, before memory is taken for them.
     pub fn load(
         checkpoint: &Checkpoint,
         backend: &mut dyn Backend,
@@ -118,6 +117,10 @@ impl Llama {
         sizes: Sizes,
     ) -> Result<Self> {
         let config = checkpoint.config().clone();
+        let table = load_matrix(checkpoint, backend, EMBEDDING, config.vocab, config.hidden)?;
+        let weights = (0..config.layers).map(|layer| LayerWeights::load(checkpoint, backend, &config, layer));
+        let weights = weights.collect::<Result<Vec<_>>>()?;
+        let head = HeadWeights::load(checkpoint, backend, &config, table)?;
         let mut builder = Builder { checkpoint, backend, profile, sizes, scratch: Vec::new() };
         let inputs = builder.inputs(&config)?;
         let outputs = Outputs {
@@ -125,19 +128,16 @@ impl Llama {
             logits: builder.wanted("logits", DType::F32, config.vocab)?,
             sampled: builder.wanted("sampled", DType::U32, size_of::<Sampled>() / 4)?,
         };
-        let name = "model.embed_tokens.weight";
-        let table = load_matrix(checkpoint, builder.backend, name, config.vocab, config.hidden)?;
         let embed = Op::Embed { ids: inputs.ids, table, out: outputs.residual };
+        let kv = (0..config.layers).map(|layer| builder.kv(&config, layer, kv_cache)).collect::<Result<Vec<_>>>()?;
         let context = sizes.pages_a_sequence() * sizes.page_tokens;
         let rope = config.rope.table(config.heads.dim, context);
         let rope = load_f32(builder.backend, "rope", context, config.heads.dim, &rope)?;
-        let (mut layers, mut kv) = (Vec::new(), Vec::new());
-        for layer in 0..config.layers {
-            let cache = builder.kv(&config, layer, kv_cache)?;
-            layers.push(builder.layer(&config, layer, &inputs, outputs.residual, rope, cache)?);
-            kv.push(cache);
+        let mut layers = Vec::new();
+        for (layer, (weights, kv)) in weights.into_iter().zip(&kv).enumerate() {
+            layers.push(builder.layer(&config, layer, weights, &inputs, outputs.residual, rope, *kv)?);
         }
-        let head = builder.head(&config, &inputs, &outputs, table)?;
+        let head = builder.head(&config, head, &inputs, &outputs)?;
         let embed = Line { label: "model.embed_tokens".into(), op: embed };
         Ok(Llama { config, sizes, inputs, outputs, kv, embed, layers, head })
     }
@@ -271,81 +271,60 @@ impl Builder<'_> {
         Ok(lines)
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn layer(
         &mut self,
         config: &LlamaConfig,
         layer: usize,
+        weights: LayerWeights,
         inputs: &Inputs,
         residual: Buf,
         rope: Buf,
         kv: Kv,
     ) -> Result<Vec<Line>> {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let (d, f, heads) = (config.hidden, config.intermediate, config.heads);
+        let (d, f, heads, eps) = (config.hidden, config.intermediate, config.heads, config.rms_eps);
         let (q_width, kv_width) = (heads.q * heads.dim, heads.kv * heads.dim);
-        let (rows, eps, dtype) = (Extent::Rows(self.sizes.rows), config.rms_eps, self.profile.dtype());
+        let (rows, dtype) = (Extent::Rows(self.sizes.rows), self.profile.dtype());
 
-        let gamma = load_vector(self.checkpoint, self.backend, &name("input_layernorm.weight"), d)?;
-        let parts = [("q", q_width), ("k", kv_width), ("v", kv_width)];
-        let parts = parts.map(|(p, n)| (name(&format!("self_attn.{p}_proj")), n));
-        let sinks = load_projections(self.checkpoint, self.backend, &parts, d, &name("self_attn.qkv_proj"))?;
         let qkv = self.rows("qkv", dtype, q_width + 2 * kv_width)?;
-        let norm = |out| Op::RmsNorm { x: residual, gamma, eps, out };
+        let norm = |out| Op::RmsNorm { x: residual, gamma: weights.input_norm, eps, out };
         let source = Source { label: name("input_layernorm"), name: "normed", rows, width: d, add: false };
-        let mut lines = self.feed(source, norm, sinks, qkv)?;
+        let mut lines = self.feed(source, norm, weights.qkv, qkv)?;
 
         let q = self.rows("q", dtype, q_width)?;
         let op = Op::RopeAppend { qkv, rope, rows: inputs.rows, heads, q, kv };
         lines.push(Line { label: name("self_attn.rope"), op });
 
-        let sinks = load_projections(self.checkpoint, self.backend, &[(name("self_attn.o_proj"), d)], q_width, "")?;
         let attend = |out| Op::Attend { q, rows: inputs.rows, heads, kv, out };
         let source = Source { label: name("self_attn"), name: "attended", rows, width: q_width, add: true };
-        lines.extend(self.feed(source, attend, sinks, residual)?);
+        lines.extend(self.feed(source, attend, weights.o, residual)?);
 
-        let gamma = load_vector(self.checkpoint, self.backend, &name("post_attention_layernorm.weight"), d)?;
-        let parts = ["gate", "up"].map(|p| (name(&format!("mlp.{p}_proj")), f));
-        let sinks = load_projections(self.checkpoint, self.backend, &parts, d, &name("mlp.gate_up_proj"))?;
         let gate_up = self.rows("gate_up", dtype, 2 * f)?;
-        let norm = |out| Op::RmsNorm { x: residual, gamma, eps, out };
+        let norm = |out| Op::RmsNorm { x: residual, gamma: weights.post_norm, eps, out };
         let source = Source { label: name("post_attention_layernorm"), name: "normed", rows, width: d, add: false };
-        lines.extend(self.feed(source, norm, sinks, gate_up)?);
+        lines.extend(self.feed(source, norm, weights.gate_up, gate_up)?);
 
-        let sinks = load_projections(self.checkpoint, self.backend, &[(name("mlp.down_proj"), d)], f, "")?;
         let swiglu = |out| Op::SwiGlu { gate_up, out };
         let source = Source { label: name("mlp.act_fn"), name: "gated", rows, width: f, add: true };
-        lines.extend(self.feed(source, swiglu, sinks, residual)?);
+        lines.extend(self.feed(source, swiglu, weights.down, residual)?);
         Ok(lines)
     }
 
-    /// False where the head is the embedding. A tied head that the file holds all the same is the file's where it
-    /// differs, as loaders that read every tensor would have it.
-    fn has_own_head(&self, config: &LlamaConfig) -> bool {
-        let (head, embed) = ("lm_head.weight", "model.embed_tokens.weight");
-        match (self.checkpoint.find(head), self.checkpoint.find(embed)) {
-            _ if !config.tied_head => true,
-            (Some(head), Some(embed)) if head.data[..] != embed.data[..] => {
-                log::warn!("the head is tied, but lm_head.weight differs from the embedding: using lm_head.weight");
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn head(&mut self, config: &LlamaConfig, inputs: &Inputs, outputs: &Outputs, table: Buf) -> Result<Vec<Line>> {
+    fn head(
+        &mut self,
+        config: &LlamaConfig,
+        weights: HeadWeights,
+        inputs: &Inputs,
+        outputs: &Outputs,
+    ) -> Result<Vec<Line>> {
         let (d, rows) = (config.hidden, Extent::Wanted(self.sizes.wanted));
         let x = self.wanted("gathered", DType::F32, d)?;
         let op = Op::Gather { x: outputs.residual, wanted: inputs.wanted, out: x };
         let mut lines = vec![Line { label: "wanted".into(), op }];
-        let gamma = load_vector(self.checkpoint, self.backend, "model.norm.weight", d)?;
-        let sinks = if self.has_own_head(config) {
-            load_projections(self.checkpoint, self.backend, &[("lm_head".into(), config.vocab)], d, "")?
-        } else {
-            vec![Projection { label: "lm_head".into(), weight: Weight::Real(table), input: Input::Real, first: 0 }]
-        };
-        let norm = |out| Op::RmsNorm { x, gamma, eps: config.rms_eps, out };
+        let norm = |out| Op::RmsNorm { x, gamma: weights.norm, eps: config.rms_eps, out };
         let source = Source { label: "model.norm".into(), name: "head_in", rows, width: d, add: false };
-        lines.extend(self.feed(source, norm, sinks, outputs.logits)?);
+        lines.extend(self.feed(source, norm, weights.head, outputs.logits)?);
         let Inputs { params, history, .. } = *inputs;
         let op = Op::Sample { logits: outputs.logits, params, history, out: outputs.sampled };
         lines.push(Line { label: "sample".into(), op });

@@ -6,6 +6,7 @@ use bytemuck::cast_slice;
 use crate::bytes::Bytes;
 use crate::checkpoint::{Checkpoint, InputScale, LinearWeight, Tensor, TensorDType};
 use crate::error::{Error, Result};
+use crate::llama::LlamaConfig;
 use crate::op::{Backend, Buf, BufDesc, DType, Extent, StaticScale, Weight};
 
 /// How a projection wants its input.
@@ -21,7 +22,8 @@ pub enum Input {
 
 /// One `Linear` of the program: a projection, or several side by side.
 pub struct Projection {
-    /// What it is called: the module's name, or `...qkv_proj`, `...gate_up_proj`.
+    /// What it is called: the module's name; `...qkv_proj` or `...gate_up_proj` where all are one, `...q_proj+k_proj`
+    /// where some are.
     pub label: String,
     /// `[n, k]`.
     pub weight: Weight,
@@ -29,6 +31,85 @@ pub struct Projection {
     pub input: Input,
     /// The first of the columns that it writes.
     pub first: usize,
+}
+
+/// The embedding's tensor.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// A layer's weights.
+pub struct LayerWeights {
+    /// `[1, d]`.
+    pub input_norm: Buf,
+    /// q, k and v.
+    pub qkv: Vec<Projection>,
+    /// `[d, heads.q * heads.dim]`.
+    pub o: Vec<Projection>,
+    /// `[1, d]`.
+    pub post_norm: Buf,
+    /// gate and up.
+    pub gate_up: Vec<Projection>,
+    /// `[d, intermediate]`.
+    pub down: Vec<Projection>,
+}
+
+impl LayerWeights {
+    /// Puts a layer on a backend.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        backend: &mut dyn Backend,
+        config: &LlamaConfig,
+        layer: usize,
+    ) -> Result<Self> {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let (d, f, heads) = (config.hidden, config.intermediate, config.heads);
+        let (q_width, kv_width) = (heads.q * heads.dim, heads.kv * heads.dim);
+        let mut projections = |parts: &[(&str, usize)], k, joined: &str| {
+            let parts: Vec<_> = parts.iter().map(|(part, n)| (name(part), *n)).collect();
+            load_projections(checkpoint, backend, &parts, k, &name(joined))
+        };
+        let qkv = [("self_attn.q_proj", q_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)];
+        let qkv = projections(&qkv, d, "self_attn.qkv_proj")?;
+        let o = projections(&[("self_attn.o_proj", d)], q_width, "")?;
+        let gate_up = projections(&[("mlp.gate_proj", f), ("mlp.up_proj", f)], d, "mlp.gate_up_proj")?;
+        let down = projections(&[("mlp.down_proj", d)], f, "")?;
+        let mut norm = |part| load_vector(checkpoint, backend, &name(part), d);
+        let (input_norm, post_norm) = (norm("input_layernorm.weight")?, norm("post_attention_layernorm.weight")?);
+        Ok(LayerWeights { input_norm, qkv, o, post_norm, gate_up, down })
+    }
+}
+
+/// The weights of the head.
+pub struct HeadWeights {
+    /// `[1, d]`.
+    pub norm: Buf,
+    /// `[vocab, d]`: its own, or the embedding.
+    pub head: Vec<Projection>,
+}
+
+impl HeadWeights {
+    /// Puts the head on a backend; `table` is the embedding.
+    pub fn load(checkpoint: &Checkpoint, backend: &mut dyn Backend, config: &LlamaConfig, table: Buf) -> Result<Self> {
+        let norm = load_vector(checkpoint, backend, "model.norm.weight", config.hidden)?;
+        let head = if has_own_head(checkpoint, config) {
+            load_projections(checkpoint, backend, &[("lm_head".into(), config.vocab)], config.hidden, "")?
+        } else {
+            vec![Projection { label: "lm_head".into(), weight: Weight::Real(table), input: Input::Real, first: 0 }]
+        };
+        Ok(HeadWeights { norm, head })
+    }
+}
+
+/// False where the head is the embedding. A tied head that the file holds all the same is the file's where it differs,
+/// as loaders that read every tensor would have it.
+fn has_own_head(checkpoint: &Checkpoint, config: &LlamaConfig) -> bool {
+    match (checkpoint.find("lm_head.weight"), checkpoint.find(EMBEDDING)) {
+        _ if !config.tied_head => true,
+        (Some(head), Some(embed)) if head.data[..] != embed.data[..] => {
+            log::warn!("the head is tied, but lm_head.weight differs from the embedding: using lm_head.weight");
+            true
+        }
+        _ => false,
+    }
 }
 
 /// A projection as the checkpoint has it, before neighbours are joined.
@@ -64,6 +145,8 @@ impl Raw {
     }
 
     fn join(&mut self, other: Raw) {
+        let leaf = other.module.rsplit('.').next().unwrap_or_default();
+        self.module = format!("{}+{leaf}", self.module);
         self.rows += other.rows;
         self.data.extend(other.data);
         if let (Some(scale), Some(more)) = (&mut self.scale, other.scale) {

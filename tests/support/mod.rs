@@ -5,3 +5,4 @@ pub mod checkpoints;
 pub mod goldens;
 pub mod runner;
 pub mod ties;
+pub mod tiny;

@@ -18,10 +18,21 @@ const PAGE_TOKENS: usize = 16;
 impl Runner {
     /// A model for one sequence of at most `context` tokens, all of them in one step.
     pub fn new(checkpoint: &Checkpoint, spec: &Spec, profile: Profile, context: usize) -> Self {
+        Runner::with_cache(checkpoint, spec, profile, KvCache::Auto, context)
+    }
+
+    /// The same with a choice of the cache.
+    pub fn with_cache(
+        checkpoint: &Checkpoint,
+        spec: &Spec,
+        profile: Profile,
+        kv_cache: KvCache,
+        context: usize,
+    ) -> Self {
         let mut backend = quaver_backends::open(spec).unwrap();
         let pages = context.div_ceil(PAGE_TOKENS);
         let sizes = Sizes { rows: context, wanted: context, sequences: 1, context, pages, page_tokens: PAGE_TOKENS };
-        let llama = Llama::load(checkpoint, &mut *backend, profile, KvCache::Auto, sizes).unwrap();
+        let llama = Llama::load(checkpoint, &mut *backend, profile, kv_cache, sizes).unwrap();
         // Pages in reverse, so that a position is not its own place.
         let table: Vec<u32> = (0..pages as u32).rev().collect();
         backend.write(llama.inputs.rows.page_table, 0, cast_slice(&table)).unwrap();

@@ -174,6 +174,13 @@ fn kv_scales_are_read_where_the_config_asks_for_them() {
     assert_eq!(checkpoint.kv_scales(0).unwrap(), Some((0.5, 0.25)));
     assert_eq!(open(&fp8("tensor", "static"), &entries).kv_scales(0).unwrap(), None);
     assert_eq!(open(&Value::Null, &entries).kv_scales(0).unwrap(), None);
+    let of_2024: [Entry; 2] = [
+        ("model.layers.0.self_attn.k_proj.output_scale", "BF16", &[1], &k),
+        ("model.layers.0.self_attn.v_proj.output_scale", "BF16", &[1], &v),
+    ];
+    assert_eq!(open(&with, &of_2024).kv_scales(0).unwrap(), Some((0.5, 0.25)));
+    let both = [entries[0], entries[1], (of_2024[0].0, "BF16", &[1], &v), of_2024[1]];
+    assert_eq!(open(&with, &both).kv_scales(0).unwrap(), Some((0.5, 0.25)));
     assert_eq!(
         open(&with, &entries[..1]).kv_scales(0).unwrap_err().to_string(),
         "tensor model.layers.0.self_attn.v_scale: is missing; take the model's files from one source, whole"

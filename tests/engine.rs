@@ -1,0 +1,626 @@
+//! The engine under load and under abuse. What a request is answered depends on the request alone, to the last bit; and
+//! whatever ends a request gives back all that it held.
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use quaver_backends::{Kind, Spec};
+use quaver_core::batch::Batch;
+use quaver_core::checkpoint::Checkpoint;
+use quaver_core::engine::{Engine, EngineOptions, FinishReason, Output, RequestId, Token};
+use quaver_core::llama::{KvCache, Profile};
+use quaver_core::sampler::{RowParams, SamplingParams};
+use support::checkpoints;
+use support::runner::Runner;
+use support::tiny::{CONTEXT, Inputs, Opened, Random, Tensor, Tiny, VOCAB};
+
+/// What a request brought.
+#[derive(Debug, Default)]
+struct Answer {
+    scores: Vec<Token>,
+    tokens: Vec<Token>,
+    end: Option<Result<FinishReason, String>>,
+}
+
+impl Answer {
+    fn take(&mut self, output: Output) {
+        assert!(self.end.is_none(), "{output:?} behind the end");
+        match output {
+            Output::Prompt(scores) => self.scores.extend(scores),
+            Output::Token(token) => self.tokens.push(token),
+            Output::Finished(reason) => self.end = Some(Ok(reason)),
+            Output::Failed(error) => self.end = Some(Err(error.to_string())),
+        }
+    }
+
+    fn ids(&self) -> Vec<u32> {
+        self.tokens.iter().map(|token| token.id).collect()
+    }
+
+    fn bits(&self) -> (Vec<Bits>, Vec<Bits>) {
+        (bits(&self.scores), bits(&self.tokens))
+    }
+}
+
+/// Tokens with the bits of their logprobs, which `==` would compare as numbers.
+type Bits = (u32, u32, Vec<(u32, u32)>);
+
+fn bits(tokens: &[Token]) -> Vec<Bits> {
+    let bits = |t: &Token| (t.id, t.logprob.to_bits(), t.top.iter().map(|(id, p)| (*id, p.to_bits())).collect());
+    tokens.iter().map(bits).collect()
+}
+
+fn engine_on(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
+    Engine::new(checkpoint, quaver_backends::open(spec).unwrap(), options).unwrap()
+}
+
+fn engine(checkpoint: &Checkpoint, options: &EngineOptions) -> Engine {
+    engine_on(checkpoint, &cpu(), options)
+}
+
+fn cpu() -> Spec {
+    Spec { kind: Kind::Cpu, threads: Some(2), ..Spec::default() }
+}
+
+/// One request at a time.
+fn one() -> EngineOptions {
+    EngineOptions { max_num_seqs: 1, ..EngineOptions::default() }
+}
+
+fn greedy(max_tokens: usize) -> SamplingParams {
+    SamplingParams { temperature: 0.0, max_tokens, logprobs: Some(2), ..SamplingParams::default() }
+}
+
+/// Steps until all is answered.
+fn finish(engine: &mut Engine) -> BTreeMap<RequestId, Answer> {
+    let mut answers: BTreeMap<RequestId, Answer> = BTreeMap::new();
+    while !engine.is_idle() {
+        for (id, output) in engine.step().unwrap() {
+            answers.entry(id).or_default().take(output);
+        }
+    }
+    assert_eq!(engine.pages().0, engine.pages().1, "an idle engine holds no page");
+    answers
+}
+
+/// The answer to one request.
+fn ask(engine: &mut Engine, prompt: &[u32], params: &SamplingParams) -> Answer {
+    let id = engine.submit(prompt, params.clone()).unwrap();
+    let mut answers = finish(engine);
+    assert_eq!(answers.len(), 1);
+    answers.remove(&id).unwrap()
+}
+
+fn tiny() -> Opened {
+    Tiny::fp8(Inputs::Static).open()
+}
+
+// ---- neighbours, chunks, threads
+
+#[derive(Clone, Debug)]
+struct Asked {
+    prompt: Vec<u32>,
+    params: SamplingParams,
+    /// The step before which it is submitted.
+    at: usize,
+    /// It is cancelled so many steps later.
+    cancelled_after: Option<usize>,
+}
+
+fn asked() -> impl Strategy<Value = Asked> {
+    let sampling = (
+        prop_oneof![Just(0f32), 0.3f32..1.5],
+        prop_oneof![Just(1f32), 0.5f32..1.0],
+        prop_oneof![Just(1f32), 1.1f32..2.0],
+        prop_oneof![Just(0f32), -1f32..2.0],
+        any::<u64>(),
+    );
+    let sizes = (1usize..60, 0usize..16, proptest::option::of(0usize..3), 0usize..12);
+    (any::<u64>(), sampling, sizes, proptest::option::weighted(0.2, 0usize..8)).prop_map(
+        |(
+            text,
+            (temperature, top_p, repetition, frequency, seed),
+            (length, max_tokens, prompt_logprobs, at),
+            cancel,
+        )| {
+            let params = SamplingParams {
+                temperature,
+                top_p,
+                repetition_penalty: repetition,
+                frequency_penalty: frequency,
+                presence_penalty: frequency / 2.0,
+                seed: Some(seed),
+                max_tokens,
+                logprobs: Some(2),
+                prompt_logprobs,
+                ..SamplingParams::default()
+            };
+            Asked { prompt: Random(text).ids(length), params, at, cancelled_after: cancel }
+        },
+    )
+}
+
+/// Greedy and seeded requests, with penalties and without, in any company.
+fn assert_independent(
+    kind: Kind,
+    checkpoint: &Checkpoint,
+    requests: &[Asked],
+    options: &EngineOptions,
+    threads: usize,
+) -> Result<(), TestCaseError> {
+    let spec = |threads| Spec { kind, threads: Some(threads), ..Spec::default() };
+    let mut engine = engine_on(checkpoint, &spec(threads), options);
+    let mut ids: Vec<Option<RequestId>> = vec![None; requests.len()];
+    let mut answers: BTreeMap<RequestId, Answer> = BTreeMap::new();
+    let mut step = 0;
+    while !engine.is_idle() || ids.contains(&None) {
+        for (id, request) in ids.iter_mut().zip(requests) {
+            if request.at == step {
+                *id = Some(engine.submit(&request.prompt, request.params.clone()).unwrap());
+            }
+            if let (Some(id), Some(after)) = (*id, request.cancelled_after)
+                && request.at + after == step
+            {
+                engine.cancel(id);
+            }
+        }
+        for (id, output) in engine.step().unwrap() {
+            answers.entry(id).or_default().take(output);
+        }
+        step += 1;
+    }
+    prop_assert_eq!(engine.pages().0, engine.pages().1);
+    let mut alone = engine_on(
+        checkpoint,
+        &spec(1),
+        &EngineOptions { max_num_batched_tokens: 512, max_num_seqs: 1, ..options.clone() },
+    );
+    for (id, request) in ids.iter().zip(requests) {
+        let want = ask(&mut alone, &request.prompt, &request.params);
+        let got = answers.remove(&id.unwrap()).unwrap_or_default();
+        let ((scores, tokens), (want_scores, want_tokens)) = (got.bits(), want.bits());
+        match request.cancelled_after {
+            None => {
+                prop_assert_eq!(scores, want_scores);
+                prop_assert_eq!(tokens, want_tokens);
+                prop_assert_eq!(got.end, want.end);
+            }
+            Some(_) => {
+                prop_assert!(want_scores.starts_with(&scores) && want_tokens.starts_with(&tokens));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn options() -> impl Strategy<Value = EngineOptions> {
+    let profile = prop_oneof![Just(Profile::Fast), Just(Profile::Exact)];
+    let kv_cache = prop_oneof![Just(KvCache::Auto), Just(KvCache::Fp8)];
+    (profile, kv_cache, prop_oneof![Just(1usize), Just(7), Just(512)], 1usize..=8, prop_oneof![Just(6u64), Just(1000)])
+        .prop_map(|(profile, kv_cache, max_num_batched_tokens, max_num_seqs, pages)| {
+            // Six pages hold one long request, or a few short ones.
+            let page = 2 * 2 * 2 * 12 * 16 * if kv_cache == KvCache::Fp8 { 1 } else { profile.dtype().size() as u64 };
+            let kv_cache_memory = pages * page;
+            EngineOptions {
+                profile,
+                kv_cache,
+                max_model_len: None,
+                max_num_seqs,
+                max_num_batched_tokens,
+                kv_cache_memory,
+            }
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn a_request_does_not_depend_on_its_neighbours(
+        requests in prop::collection::vec(asked(), 1..10),
+        options in options(),
+        threads in 1usize..=2,
+        inputs in prop_oneof![Just(Inputs::Static), Just(Inputs::Dynamic)],
+    ) {
+        assert_independent(Kind::Cpu, &Tiny::fp8(inputs).open().checkpoint, &requests, &options, threads)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn a_request_does_not_depend_on_its_neighbours_on_the_reference(
+        requests in prop::collection::vec(asked(), 1..6),
+        options in options(),
+    ) {
+        assert_independent(Kind::Reference, &tiny().checkpoint, &requests, &options, 1)?;
+    }
+}
+
+#[test]
+fn chunks_of_a_prompt_and_threads_do_not_change_a_bit_of_the_demo_model() {
+    let checkpoint = checkpoints::open("tiny-llama-fp8-channel");
+    let prompt: Vec<u32> = (0..70).map(|i| (i * 577 + 13) % 4080).collect();
+    let params = SamplingParams { prompt_logprobs: Some(1), ..greedy(6) };
+    let run = |rows, threads| {
+        let options = EngineOptions { max_num_batched_tokens: rows, ..one() };
+        let spec = Spec { threads: Some(threads), ..cpu() };
+        ask(&mut engine_on(&checkpoint, &spec, &options), &prompt, &params).bits()
+    };
+    let want = run(512, 1);
+    assert_eq!((want.0.len(), want.1.len()), (69, 6));
+    for (rows, threads) in [(1, 1), (7, 2), (33, 2), (512, 2)] {
+        assert!(run(rows, threads) == want, "chunks of {rows} on {threads} threads");
+    }
+}
+
+// ---- scores of the prompt
+
+#[test]
+fn scores_of_a_prompt_in_one_step_equal_those_one_by_one() {
+    let tiny = tiny();
+    let prompt = Random(3).ids(200);
+    let params = SamplingParams { max_tokens: 0, prompt_logprobs: Some(2), ..SamplingParams::default() };
+    let mut single = engine(&tiny.checkpoint, &one());
+    let one_by_one: Vec<Token> =
+        (2..=prompt.len()).map(|n| ask(&mut single, &prompt[..n], &params).scores.pop().unwrap()).collect();
+    assert_eq!(one_by_one.iter().map(|token| token.id).collect::<Vec<_>>(), prompt[1..]);
+    for rows in [512, 100, 65, 64, 1] {
+        let options = EngineOptions { max_num_batched_tokens: rows, ..one() };
+        let answer = ask(&mut engine(&tiny.checkpoint, &options), &prompt, &params);
+        assert!(bits(&answer.scores) == bits(&one_by_one), "steps of {rows} rows");
+        assert_eq!((answer.tokens.len(), answer.end), (0, Some(Ok(FinishReason::Length))));
+    }
+}
+
+#[test]
+fn scores_and_generation_together_equal_each_alone() {
+    let tiny = tiny();
+    let prompt = Random(4).ids(90);
+    for rows in [512, 32] {
+        let mut engine = engine(&tiny.checkpoint, &EngineOptions { max_num_batched_tokens: rows, ..one() });
+        let both = ask(&mut engine, &prompt, &SamplingParams { prompt_logprobs: Some(3), ..greedy(10) });
+        let scores = ask(&mut engine, &prompt, &SamplingParams { prompt_logprobs: Some(3), ..greedy(0) });
+        let tokens = ask(&mut engine, &prompt, &greedy(10));
+        assert_eq!((scores.tokens.len(), tokens.scores.len(), both.tokens.len()), (0, 0, 10));
+        assert_eq!(both.bits(), (bits(&scores.scores), bits(&tokens.tokens)));
+    }
+}
+
+#[test]
+fn a_prompt_of_one_token_has_no_scores_and_no_tokens_where_none_are_asked_for() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &one());
+    for prompt_logprobs in [None, Some(0), Some(20)] {
+        let answer = ask(&mut engine, &[5], &SamplingParams { prompt_logprobs, ..greedy(0) });
+        assert_eq!((answer.scores.len(), answer.tokens.len()), (0, 0));
+        assert_eq!(answer.end, Some(Ok(FinishReason::Length)));
+    }
+}
+
+#[test]
+fn alternatives_are_as_many_as_asked_for_and_scores_are_normalized() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &one());
+    let params = SamplingParams { logprobs: Some(20), prompt_logprobs: Some(0), ..greedy(3) };
+    let answer = ask(&mut engine, &[5, 6, 7], &params);
+    assert!(answer.scores.iter().all(|token| token.top.is_empty() && token.logprob < 0.0));
+    for token in &answer.tokens {
+        assert_eq!((token.top.len(), token.top[0]), (20, (token.id, token.logprob)));
+        assert!(token.top.iter().map(|(_, logprob)| logprob.exp()).sum::<f32>() <= 1.0 + 1e-5);
+    }
+}
+
+// ---- penalties
+
+#[test]
+fn a_slot_used_again_does_not_inherit_the_history() {
+    let tiny = tiny();
+    let strong =
+        SamplingParams { repetition_penalty: 1.5, frequency_penalty: 1.0, presence_penalty: 1.0, ..greedy(40) };
+    let prompts = [Random(1).ids(30), Random(2).ids(9)];
+    let want: Vec<_> =
+        prompts.iter().map(|prompt| ask(&mut engine(&tiny.checkpoint, &one()), prompt, &strong).bits()).collect();
+    let mut used = engine(&tiny.checkpoint, &one());
+    for (round, plain_between) in [(0, false), (1, true), (2, false)] {
+        for (prompt, want) in prompts.iter().zip(&want) {
+            if plain_between {
+                ask(&mut used, &[1, 2, 3], &greedy(50));
+            }
+            assert!(ask(&mut used, prompt, &strong).bits() == *want, "round {round}");
+        }
+    }
+    // Penalties do something: nothing above would show their absence.
+    assert_ne!(ask(&mut used, &prompts[0], &greedy(40)).bits(), want[0]);
+}
+
+// ---- ends
+
+#[test]
+fn each_end_of_text_token_ends_an_answer_unless_it_is_ignored() {
+    let mut model = Tiny::fp8(Inputs::Static);
+    let prompt = Random(5).ids(12);
+    let free = ask(&mut engine(&model.open().checkpoint, &one()), &prompt, &greedy(12)).ids();
+    assert_eq!(free.len(), 12);
+    let first = |id: u32| free.iter().position(|have| *have == id).unwrap();
+    let never = (0..VOCAB as u32).find(|id| !free.contains(id)).unwrap();
+    for &eos in &free[3..6] {
+        // generation_config.json decides where it names tokens, else config.json.
+        for (config, generation) in [
+            (never.into(), serde_json::json!([never, eos])),
+            (serde_json::json!([eos, never]), serde_json::Value::Null),
+        ] {
+            model.config["eos_token_id"] = config;
+            model.generation["eos_token_id"] = generation;
+            let opened = model.open();
+            let mut engine = engine(&opened.checkpoint, &one());
+            let answer = ask(&mut engine, &prompt, &greedy(12));
+            assert_eq!((&answer.ids()[..], answer.end), (&free[..=first(eos)], Some(Ok(FinishReason::Stop))));
+            let ignoring = SamplingParams { ignore_eos: true, ..greedy(12) };
+            let answer = ask(&mut engine, &prompt, &ignoring);
+            assert_eq!((answer.ids(), answer.end), (free.clone(), Some(Ok(FinishReason::Length))));
+            // A request's own stop tokens hold all the same.
+            let answer = ask(&mut engine, &prompt, &SamplingParams { stop_token_ids: vec![never, eos], ..ignoring });
+            assert_eq!((&answer.ids()[..], answer.end), (&free[..=first(eos)], Some(Ok(FinishReason::Stop))));
+        }
+    }
+}
+
+#[test]
+fn a_stop_token_as_the_last_one_allowed_is_a_stop() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &one());
+    let first = ask(&mut engine, &[9, 8], &greedy(1)).ids();
+    let answer = ask(&mut engine, &[9, 8], &SamplingParams { stop_token_ids: first.clone(), ..greedy(1) });
+    assert_eq!((answer.ids(), answer.end), (first, Some(Ok(FinishReason::Stop))));
+}
+
+#[test]
+fn a_context_that_fills_up_ends_the_answer_at_its_last_token() {
+    let tiny = tiny();
+    for context in [CONTEXT, 37, 17, 16, 2] {
+        let options = EngineOptions { max_model_len: Some(context), max_num_batched_tokens: 50, ..one() };
+        let mut engine = engine(&tiny.checkpoint, &options);
+        assert_eq!(engine.max_model_len(), context);
+        for room in [1, 5, 16].into_iter().filter(|room| *room < context) {
+            for max_tokens in [room, room + 1, 1000, usize::MAX] {
+                let answer = ask(&mut engine, &Random(6).ids(context - room), &greedy(max_tokens));
+                assert_eq!((answer.tokens.len(), answer.end), (room, Some(Ok(FinishReason::Length))));
+            }
+        }
+        let answer = ask(&mut engine, &Random(6).ids(context), &greedy(0));
+        assert_eq!((answer.tokens.len(), answer.end), (0, Some(Ok(FinishReason::Length))));
+    }
+}
+
+// ---- pages and slots
+
+#[test]
+fn cancelling_frees_pages_and_slot_at_once_wherever_a_request_is() {
+    let tiny = tiny();
+    let options = EngineOptions { max_num_seqs: 1, max_num_batched_tokens: 10, ..EngineOptions::default() };
+    let mut engine = engine(&tiny.checkpoint, &options);
+    let (_, all) = engine.pages();
+    let prompt = Random(7).ids(40);
+    let want = ask(&mut engine, &prompt, &greedy(5)).bits();
+    // 0 steps: admitted by none. 1 to 3: in its prompt. 4 and more: in its answer.
+    for steps in 0..7 {
+        let running = engine.submit(&prompt, greedy(20)).unwrap();
+        let waiting = engine.submit(&prompt, greedy(20)).unwrap();
+        let next = engine.submit(&prompt, greedy(5)).unwrap();
+        for _ in 0..steps {
+            engine.step().unwrap();
+            assert_eq!(engine.pages().0, all - 60usize.div_ceil(16));
+        }
+        engine.cancel(waiting);
+        engine.cancel(running);
+        assert_eq!(engine.pages(), (all, all), "behind {steps} steps");
+        engine.cancel(running);
+        let answers = finish(&mut engine);
+        assert_eq!(answers.keys().collect::<Vec<_>>(), [&next]);
+        assert_eq!(answers[&next].bits(), want);
+    }
+}
+
+#[test]
+fn a_cache_too_small_for_all_makes_them_wait_and_answers_each() {
+    let tiny = tiny();
+    let mut random = Random(8);
+    let prompts: Vec<Vec<u32>> = (0..24).map(|i| random.ids(1 + i * 5 % 60)).collect();
+    let mut alone = engine(&tiny.checkpoint, &one());
+    let want: Vec<_> = prompts.iter().map(|prompt| ask(&mut alone, prompt, &greedy(12)).bits()).collect();
+    // Five pages: two middling requests, or one of 72 tokens.
+    let page = 2 * 2 * 2 * 12 * 2 * 16;
+    let options = EngineOptions { kv_cache_memory: 5 * page + 1, ..EngineOptions::default() };
+    let mut engine = engine(&tiny.checkpoint, &options);
+    assert_eq!((engine.pages(), engine.max_model_len()), ((5, 5), 80));
+    let ids: Vec<_> = prompts.iter().map(|prompt| engine.submit(prompt, greedy(12)).unwrap()).collect();
+    let answers = finish(&mut engine);
+    for (id, want) in ids.iter().zip(want) {
+        assert_eq!((answers[id].bits(), answers[id].end.clone()), (want, Some(Ok(FinishReason::Length))));
+    }
+    assert_eq!(
+        engine.submit(&Random(9).ids(80), greedy(1)).unwrap_err().to_string(),
+        "prompt has 81 tokens, the context holds 80; raise --max-model-len or shorten it"
+    );
+}
+
+// ---- refusals
+
+#[test]
+fn a_request_that_means_nothing_is_refused_and_leaves_nothing_behind() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &one());
+    let high = VOCAB as u32;
+    let too_long = |got| format!("prompt has {got} tokens, the context holds 256; raise --max-model-len or shorten it");
+    let range = "token id 96 is out of range: the vocabulary has 96 entries";
+    for (prompt, params, message) in [
+        (vec![], greedy(4), "the prompt is empty; give at least one token".to_owned()),
+        (vec![1, high, 2], greedy(4), range.to_owned()),
+        (vec![1], SamplingParams { stop_token_ids: vec![high], ..greedy(4) }, range.to_owned()),
+        (vec![u32::MAX], greedy(4), "token id 4294967295 is out of range: the vocabulary has 96 entries".to_owned()),
+        (vec![1; 256], greedy(1), too_long(257)),
+        (vec![1; 257], greedy(0), too_long(257)),
+        (vec![1; 100_000], greedy(usize::MAX), too_long(100_001)),
+        (
+            vec![1],
+            SamplingParams { temperature: f32::NAN, ..greedy(4) },
+            "temperature is NaN; it must be between 0 (greedy) and 100".to_owned(),
+        ),
+        (
+            vec![1],
+            SamplingParams { prompt_logprobs: Some(21), ..greedy(4) },
+            "prompt_logprobs is 21; it must be at most 20 alternatives".to_owned(),
+        ),
+    ] {
+        assert_eq!(engine.submit(&prompt, params).unwrap_err().to_string(), message);
+        assert!(engine.is_idle() && engine.step().unwrap().is_empty());
+    }
+    assert_eq!(ask(&mut engine, &[1; 255], &greedy(4)).tokens.len(), 1);
+}
+
+#[test]
+fn absurd_options_are_errors() {
+    let tiny = tiny();
+    let open = |change: &dyn Fn(&mut EngineOptions)| {
+        let mut options = EngineOptions::default();
+        change(&mut options);
+        Engine::new(&tiny.checkpoint, quaver_backends::open(&cpu()).unwrap(), &options).map(|mut engine| {
+            assert_eq!(ask(&mut engine, &[1, 2, 3], &greedy(4)).tokens.len(), 4);
+            engine
+        })
+    };
+    let refusal = |change: &dyn Fn(&mut EngineOptions)| open(change).err().unwrap().to_string();
+    let len = |n: usize| {
+        format!("--max-model-len is {n}; it must be at least 1 and at most the model's max_position_embeddings")
+    };
+    for n in [0, CONTEXT + 1, usize::MAX] {
+        assert_eq!(refusal(&|o| o.max_model_len = Some(n)), len(n));
+    }
+    for n in [0, 4097, usize::MAX] {
+        let message = format!("--max-num-seqs is {n}; it must be at least 1 and at most 4096");
+        assert_eq!(refusal(&|o| o.max_num_seqs = n), message);
+    }
+    for n in [0, 65_537, usize::MAX] {
+        let message = format!("--max-num-batched-tokens is {n}; it must be at least 1 and at most 65536");
+        assert_eq!(refusal(&|o| o.max_num_batched_tokens = n), message);
+    }
+    for n in [0, 3071] {
+        let message = format!("one page of the KV cache needs 3072 bytes, {n} are available; raise --kv-cache-memory");
+        assert_eq!(refusal(&|o| o.kv_cache_memory = n), message);
+    }
+    // The largest that are allowed take no more than the cache can serve.
+    let engine = open(&|o| (o.max_num_seqs, o.max_num_batched_tokens) = (4096, 65_536)).unwrap();
+    assert_eq!(engine.pages().1, 4096 * CONTEXT / 16);
+    let engine = open(&|o| (o.max_num_seqs, o.kv_cache_memory) = (4096, 3072)).unwrap();
+    assert_eq!((engine.pages().1, engine.max_model_len()), (1, 16));
+    let engine = open(&|o| o.kv_cache_memory = u64::MAX).unwrap();
+    assert_eq!(engine.pages().1, 16 * CONTEXT / 16);
+}
+
+#[test]
+fn a_cache_larger_than_memory_is_an_error() {
+    // Heads so wide that no address space holds the pages.
+    let mut model = Tiny::new();
+    model.config["head_dim"] = 4096.into();
+    model.config["max_position_embeddings"] = (1 << 24).into();
+    for (module, heads) in [("q", 4), ("k", 2), ("v", 2)] {
+        let shape = [heads * 4096, 32];
+        model.change(&format!("{module}_proj.weight"), |_| zeros(&shape));
+    }
+    model.change("o_proj.weight", |_| zeros(&[32, 4 * 4096]));
+    let options = EngineOptions { max_num_seqs: 4096, kv_cache_memory: u64::MAX, ..EngineOptions::default() };
+    let opened = model.open();
+    let result = Engine::new(&opened.checkpoint, quaver_backends::open(&cpu()).unwrap(), &options);
+    assert_eq!(
+        result.err().unwrap().to_string(),
+        "cpu: there is no memory for the 1125899906580480 bytes of model.layers.0.k_cache; lower --max-model-len, \
+         --max-num-seqs, --max-num-batched-tokens or --kv-cache-memory"
+    );
+}
+
+fn zeros(shape: &[usize]) -> Tensor {
+    Tensor::new(safetensors::Dtype::BF16, shape, &vec![0.0; shape.iter().product()])
+}
+
+#[test]
+fn logits_that_are_not_finite_fail_their_request_alone() {
+    // The embedding of one token overflows.
+    let mut model = Tiny::new();
+    let head = model.tensors["model.embed_tokens.weight"].clone();
+    model.tensors.insert("lm_head.weight".into(), head);
+    model.change("embed_tokens.weight", |table| {
+        let mut values = table.values();
+        let hidden = table.shape[1];
+        values[7 * hidden..8 * hidden].fill(f32::NAN);
+        Tensor::new(table.dtype, &table.shape, &values)
+    });
+    let opened = model.open();
+    let why = "cpu: the logits are not finite: the checkpoint is damaged, or the device is";
+    let mut engine = engine(&opened.checkpoint, &EngineOptions::default());
+    let want = ask(&mut engine, &[1, 2, 3], &greedy(3)).bits();
+    let scored = SamplingParams { prompt_logprobs: Some(1), ..greedy(0) };
+    let bad = engine.submit(&[7, 2, 3], greedy(3)).unwrap();
+    let good = engine.submit(&[1, 2, 3], greedy(3)).unwrap();
+    let bad_scores = engine.submit(&[7, 2, 3], scored.clone()).unwrap();
+    let answers = finish(&mut engine);
+    assert_eq!(answers[&good].bits(), want);
+    for id in [bad, bad_scores] {
+        let answer = &answers[&id];
+        assert_eq!((answer.scores.len(), answer.tokens.len()), (0, 0));
+        assert_eq!(answer.end, Some(Err(why.to_owned())));
+    }
+    // The pages that it used hold NaN: whoever has them next must not see it.
+    for _ in 0..3 {
+        assert_eq!(ask(&mut engine, &[1, 2, 3], &greedy(3)).bits(), want);
+    }
+}
+
+#[test]
+fn a_batch_that_does_not_fit_the_model_is_refused() {
+    let tiny = tiny();
+    let mut runner = Runner::new(&tiny.checkpoint, &Kind::Cpu.into(), Profile::Exact, 32);
+    let row = RowParams::score(0, 0, 0);
+    let mut refusal = |fill: &dyn Fn(&mut Batch), wanted: (usize, usize)| {
+        let mut batch = Batch::default();
+        fill(&mut batch);
+        let (llama, backend) = (&runner.llama, &mut *runner.backend);
+        let written = batch.write(llama, backend).and_then(|()| batch.write_wanted(llama, backend, wanted.0, wanted.1));
+        written.map_err(|e| e.to_string())
+    };
+    let fits = |batch: &mut Batch| {
+        batch.push(0, 0, &[1; 32]);
+        (0..32).for_each(|i| batch.want(i, row));
+    };
+    assert_eq!(refusal(&fits, (0, 32)), Ok(()));
+    let push = |batch: &mut Batch, seq: u32, position: usize, ids: &[u32]| {
+        batch.push(seq, position, ids);
+    };
+    let why = |why: &str| Err(format!("program line 0 (batch): {why}"));
+    assert_eq!(refusal(&fits, (1, 32)), why("33 wanted rows do not fit 32"));
+    assert_eq!(refusal(&fits, (usize::MAX, 1)), why("18446744073709551615 wanted rows do not fit 32"));
+    assert_eq!(refusal(&|b| push(b, 0, 0, &[1; 33]), (0, 0)), why("33 rows do not fit 32"));
+    assert_eq!(refusal(&|b| push(b, 1, 0, &[1]), (0, 0)), why("2 sequences do not fit 1"));
+    assert_eq!(refusal(&|b| (0..2).for_each(|i| push(b, 0, i, &[1])), (0, 0)), why("2 runs of rows do not fit 1"));
+    let far = |b: &mut Batch| {
+        b.push(0, 0, &[1]);
+        b.want(1, row);
+    };
+    assert_eq!(refusal(&far, (0, 1)), why("2 rows up to the last wanted one do not fit 1"));
+    let stranger = |b: &mut Batch| {
+        b.push(0, 0, &[1]);
+        b.want(0, RowParams::score(9, 0, 0));
+    };
+    assert_eq!(refusal(&stranger, (0, 1)), why("10 sequences do not fit 1"));
+    assert_eq!(
+        refusal(&|b| push(b, 0, 32, &[1]), (0, 0)),
+        Err("prompt has 33 tokens, the context holds 32; raise --max-model-len or shorten it".into())
+    );
+    assert_eq!(
+        refusal(&|b| push(b, 0, 0, &[96]), (0, 0)),
+        Err("token id 96 is out of range: the vocabulary has 96 entries".into())
+    );
+}
