@@ -13,7 +13,7 @@ use crate::kv::Pages;
 use crate::llama::{KvCache, Llama, Profile, Sizes};
 use crate::op::{Backend, DType, DeviceInfo, Plan};
 use crate::sampler::{Count, RowParams, Sampled, SamplingParams};
-use crate::scheduler::{Scheduler, Sequence};
+use crate::scheduler::{Scheduler, Sequence, Share};
 
 /// How an engine is laid out. The defaults serve a command line.
 #[derive(Clone, Debug, PartialEq)]
@@ -288,12 +288,7 @@ impl Engine {
     }
 
     /// Books what a step computed, and says what it brought.
-    fn settle(
-        &mut self,
-        shares: &[crate::scheduler::Share<RequestId>],
-        wants: &[Want],
-        sampled: &[Sampled],
-    ) -> Vec<(RequestId, Output)> {
+    fn settle(&mut self, shares: &[Share<RequestId>], wants: &[Want], sampled: &[Sampled]) -> Vec<(RequestId, Output)> {
         let mut results = wants.iter().zip(sampled).peekable();
         let mut outputs = Vec::new();
         for share in shares {

@@ -16,6 +16,9 @@ use support::checkpoints;
 use support::runner::Runner;
 use support::tiny::{CONTEXT, Inputs, Opened, Random, Tensor, Tiny, VOCAB};
 
+/// More steps than any test here takes.
+const MANY: usize = 10_000;
+
 /// What a request brought.
 #[derive(Debug, Default)]
 struct Answer {
@@ -76,7 +79,11 @@ fn greedy(max_tokens: usize) -> SamplingParams {
 /// Steps until all is answered.
 fn finish(engine: &mut Engine) -> BTreeMap<RequestId, Answer> {
     let mut answers: BTreeMap<RequestId, Answer> = BTreeMap::new();
-    while !engine.is_idle() {
+    for step in 0.. {
+        if engine.is_idle() {
+            break;
+        }
+        assert!(step < MANY, "requests that wait for ever");
         for (id, output) in engine.step().unwrap() {
             answers.entry(id).or_default().take(output);
         }
@@ -170,6 +177,7 @@ fn assert_independent(
             answers.entry(id).or_default().take(output);
         }
         step += 1;
+        prop_assert!(step < MANY, "requests that wait for ever");
     }
     prop_assert_eq!(engine.pages().0, engine.pages().1);
     let mut alone = engine_on(

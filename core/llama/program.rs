@@ -46,7 +46,7 @@ pub struct Sizes {
     pub wanted: usize,
     /// Sequences that can be under way.
     pub sequences: usize,
-    /// Positions of a sequence, rounded up to whole pages.
+    /// Positions of a sequence; its page table, and the rotary table, are rounded up to whole pages.
     pub context: usize,
     /// Pages of the KV cache, shared by all sequences.
     pub pages: usize,
