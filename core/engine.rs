@@ -364,8 +364,16 @@ pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<
     }
     let tokens = pages * PAGE_TOKENS;
     let context = wanted.min(tokens);
+    if context < wanted && options.max_model_len.is_some() {
+        return Err(Error::OutOfMemory {
+            what: format!("the KV cache of {wanted} tokens"),
+            need: wanted.div_ceil(PAGE_TOKENS) as u64 * page_bytes as u64,
+            have: options.kv_cache_memory,
+            remedy: "raise --kv-cache-memory or lower --max-model-len",
+        });
+    }
     if context < wanted {
-        log::warn!("the KV cache holds {context} tokens, fewer than the context of {wanted}; raise --kv-cache-memory");
+        log::info!("the KV cache holds {context} tokens, fewer than the model's {wanted}; --kv-cache-memory sets it");
     }
     let sequences = sequences.min(pages);
     let rows = rows.max(sequences).min(tokens);

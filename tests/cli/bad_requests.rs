@@ -101,7 +101,11 @@ fn prompts_that_the_model_cannot_take_are_refused() {
     run("32", &[]).fails(1, &format!("prompt has 32 tokens, the context holds 32 {room}"));
     run("33", &[]).succeeds();
     // One page of 16 tokens is 48 KiB in bf16.
-    run("64", &["--kv-cache-memory", "50K"]).fails(1, &format!("prompt has 32 tokens, the context holds 16 {room}"));
+    run("64", &["--kv-cache-memory", "50K"]).fails(
+        1,
+        "the KV cache of 64 tokens needs 196608 bytes, 51200 are available; raise --kv-cache-memory or lower \
+         --max-model-len",
+    );
     greedy(&["--max-model-len", "16", "short", HOOK.0]).fails_with(1, &["prompt has ", "the context holds 16 "]);
 }
 
