@@ -476,7 +476,7 @@ fn a_request_that_means_nothing_is_refused_and_leaves_nothing_behind() {
         (vec![u32::MAX], greedy(4), "token id 4294967295 is out of range: the vocabulary has 96 entries".to_owned()),
         (vec![1; 256], greedy(1), too_long(256)),
         (vec![1; 257], greedy(0), too_long(257)),
-        (vec![1; 100_000], greedy(usize::MAX), too_long(100_001)),
+        (vec![1; 100_000], greedy(usize::MAX), too_long(100_000)),
         (
             vec![1],
             SamplingParams { temperature: f32::NAN, ..greedy(4) },

@@ -4,7 +4,7 @@
 mod support;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use quaver_backends::{Kind, Spec};
+use quaver_backends::Spec;
 use quaver_core::checkpoint::{Checkpoint, InputScale, LinearWeight};
 use quaver_core::engine::{Engine, EngineOptions, Output};
 use quaver_core::llama::Profile;
