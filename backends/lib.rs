@@ -23,7 +23,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them, in the order of their names' importance to a user.
+    /// All of them, as they are listed to a user.
     pub const ALL: [Kind; 3] = [Kind::Auto, Kind::Cpu, Kind::Reference];
 
     /// The name on the command line.
@@ -65,7 +65,7 @@ impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.kind.name())?;
         if self.device > 0 {
-            write!(f, "{}", self.device)?;
+            write!(f, ":{}", self.device)?;
         }
         self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "-{variant}"))
     }
@@ -85,6 +85,12 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     }
     let backend: Box<dyn Backend> = match kind {
         Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads, spec.variant.as_deref())?),
+        Kind::Reference if spec.threads.is_some() || spec.variant.is_some() => {
+            return Err(Error::device(
+                "reference",
+                "it has one thread and no variants; leave --threads and --variant out",
+            ));
+        }
         Kind::Reference => Box::new(Reference::open()),
     };
     let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();

@@ -1,4 +1,4 @@
-//! One step's work in host memory, and how it reaches a model's input buffers. The engine's only way to feed a model.
+//! One step's work in host memory, and how it reaches a model's input buffers. What an engine writes in every step.
 
 use bytemuck::cast_slice;
 

@@ -130,7 +130,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a checkpoint onto a backend and records the largest programs, so that what cannot run fails here.
+    /// Loads a checkpoint onto a backend and records the largest program, so that what cannot run fails here.
     pub fn new(checkpoint: &Checkpoint, mut backend: Box<dyn Backend>, options: &EngineOptions) -> Result<Self> {
         let sizes = sizes(checkpoint, options)?;
         let llama = Llama::load(checkpoint, &mut *backend, options.profile, options.kv_cache, sizes)?;
@@ -210,11 +210,8 @@ impl Engine {
         let mut batch = Batch::default();
         let mut wants = Vec::new();
         for share in &shares {
-            let (Some(sequence), Some(request)) = (self.scheduler.get_mut(share.id), self.requests.get(&share.id))
-            else {
-                continue;
-            };
-            let slot = sequence.slot.unwrap_or_default();
+            let (sequence, request) = running(&mut self.scheduler, &self.requests, share.id);
+            let slot = sequence.slot();
             let (first, end) = (sequence.computed, sequence.computed + share.rows);
             let row = batch.push(slot, first, &sequence.tokens[first..end]);
             if let Some(top_n) = request.params.prompt_logprobs {
@@ -235,14 +232,12 @@ impl Engine {
 
     /// Writes an admitted sequence's row of the page table and, where penalties need it, of the history.
     fn place(&mut self, id: RequestId) -> Result<()> {
-        let (Some(sequence), Some(request)) = (self.scheduler.get_mut(id), self.requests.get(&id)) else {
-            return Ok(());
-        };
-        let slot = sequence.slot.unwrap_or_default() as usize;
+        let (sequence, request) = running(&mut self.scheduler, &self.requests, id);
+        let slot = sequence.slot() as usize;
         let inputs = &self.llama.inputs;
         let width = self.llama.sizes.pages_a_sequence() * 4;
         self.backend.write(inputs.rows.page_table, slot * width, cast_slice(&sequence.pages))?;
-        if request.params.row(0, 0, 0).penalizes() {
+        if request.params.penalizes() {
             let mut history = vec![0; self.llama.config.vocab];
             Count::fill(&mut history, &sequence.tokens, &[]);
             self.backend.write(inputs.history, slot * history.len() * 4, cast_slice(&history))?;
@@ -283,6 +278,7 @@ impl Engine {
             _ => self.llama.program(rows, wanted),
         };
         let plan = self.backend.record(&program)?;
+        log::debug!("recorded {} ops for {rows} rows and {wanted} wanted ones", program.lines.len());
         self.plans.insert((rows, wanted), plan);
         Ok(plan)
     }
@@ -292,10 +288,7 @@ impl Engine {
         let mut results = wants.iter().zip(sampled).peekable();
         let mut outputs = Vec::new();
         for share in shares {
-            let (Some(sequence), Some(request)) = (self.scheduler.get_mut(share.id), self.requests.get(&share.id))
-            else {
-                continue;
-            };
+            let (sequence, request) = running(&mut self.scheduler, &self.requests, share.id);
             sequence.computed += share.rows;
             let (mut scores, mut chosen, mut damaged) = (Vec::new(), None, false);
             while let Some((want, sampled)) = results.next_if(|(want, _)| want.id() == share.id) {
@@ -334,6 +327,16 @@ impl Engine {
         }
         outputs
     }
+}
+
+/// A running sequence and its request; neither is without the other.
+fn running<'a>(
+    scheduler: &'a mut Scheduler<RequestId>,
+    requests: &'a HashMap<RequestId, Request>,
+    id: RequestId,
+) -> (&'a mut Sequence, &'a Request) {
+    let sequence = scheduler.get_mut(id).expect("what the scheduler plans or admits is running");
+    (sequence, requests.get(&id).expect("a request is forgotten when its sequence is removed"))
 }
 
 /// Buffer sizes for a checkpoint: what the options allow, and no more than the KV cache can serve.

@@ -26,6 +26,11 @@ impl Sequence {
     pub fn new(tokens: Vec<u32>, limit: usize) -> Self {
         Sequence { tokens, computed: 0, limit, slot: None, pages: Vec::new() }
     }
+
+    /// The row of the page table of a sequence that is running.
+    pub fn slot(&self) -> u32 {
+        self.slot.expect("a sequence runs from its admission on")
+    }
 }
 
 /// A share of the next step: `rows` tokens of one sequence, from its first that is not computed yet.

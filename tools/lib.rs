@@ -15,9 +15,10 @@
 pub mod llm;
 mod model;
 pub mod parity;
+pub mod synth;
 pub mod text;
 
-pub use llm::{Completion, Llm, LlmOptions, Prompt, Request};
+pub use llm::{Completion, Llm, LlmOptions, Progress, Prompt, Request};
 pub use model::files;
 pub use quaver_backends as backends;
 pub use quaver_core as core;

@@ -34,6 +34,15 @@ pub enum Prompt {
     Messages(Value),
 }
 
+/// What happens to a request while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress<'a> {
+    /// Text that is certain now.
+    Text(&'a str),
+    /// The answer is complete.
+    Done,
+}
+
 /// One prompt, and how to go on from there.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
@@ -140,6 +149,11 @@ impl Llm {
         self.engine.max_model_len()
     }
 
+    /// True where the model brings a tokenizer; without one it takes and gives token ids alone.
+    pub fn has_tokenizer(&self) -> bool {
+        self.tokenizer.is_some()
+    }
+
     /// True where the model brings a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
@@ -196,12 +210,12 @@ impl Llm {
         self.tokenizer.as_ref().ok_or_else(missing)
     }
 
-    /// Runs requests as one batch. `on_text` is called with a request's number and each piece of its text as soon as it
-    /// is certain; where it breaks, that request ends there.
+    /// Runs requests as one batch. `on_progress` is called with a request's number and each piece of its text as soon as
+    /// it is certain; where it breaks, that request ends there.
     pub fn run(
         &mut self,
         requests: Vec<Request>,
-        mut on_text: impl FnMut(usize, &str) -> ControlFlow<()>,
+        mut on_progress: impl FnMut(usize, Progress) -> ControlFlow<()>,
     ) -> Result<Vec<Completion>> {
         let start = Instant::now();
         let mut answers = Vec::new();
@@ -213,10 +227,14 @@ impl Llm {
             while !self.engine.is_idle() {
                 for (id, output) in self.engine.step()? {
                     let Some(i) = answers.iter().position(|answer| answer.id == id) else { continue };
-                    let flow = answers[i].take(output, start, &mut |text| on_text(i, text))?;
+                    let flow = answers[i].take(output, start, &mut |text| on_progress(i, Progress::Text(text)))?;
                     if flow.is_break() && answers[i].finish_reason.is_none() {
                         answers[i].finish_reason = Some(FinishReason::Stop);
                         self.engine.cancel(id);
+                    }
+                    if answers[i].finish_reason.is_some() {
+                        // There is nothing left to break off.
+                        let _ = on_progress(i, Progress::Done);
                     }
                 }
             }
@@ -330,7 +348,7 @@ impl Answer {
             text: self.text,
             token_ids: self.token_ids,
             prompt_token_ids: self.prompt_token_ids,
-            finish_reason: self.finish_reason.unwrap_or(FinishReason::Stop),
+            finish_reason: self.finish_reason.expect("the engine ends every request before it is idle"),
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
             ttft_ms: self.first.map_or(0.0, |(_, ms)| ms),

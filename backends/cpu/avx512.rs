@@ -12,6 +12,7 @@ use half::bf16;
 use quaver_core::e4m3;
 use quaver_core::host::slices::Slice;
 
+use super::avx2::Avx2;
 use super::linear::{Path, ROWS};
 use super::simd;
 
@@ -26,8 +27,9 @@ const STEP: usize = 64;
 const CHANNELS: usize = 4;
 
 /// Proof that this machine has the instructions: [`Avx512::detect`] is the only way to one.
+/// It carries that of AVX2, which f32 is computed with.
 #[derive(Clone, Copy)]
-pub struct Avx512(());
+pub struct Avx512(pub Avx2);
 
 impl Avx512 {
     pub fn detect() -> Option<Self> {
@@ -37,7 +39,7 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("avx512bf16");
-        have.then_some(Avx512(()))
+        Avx2::detect().filter(|_| have).map(Avx512)
     }
 }
 

@@ -11,7 +11,7 @@ use quaver_core::{Error, Result};
 pub enum Isa {
     /// AVX-512 with BF16 for products of FP8 and bf16, AVX2 for f32.
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512, Avx2),
+    Avx512(Avx512),
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
@@ -25,7 +25,7 @@ impl Isa {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            all.extend(Avx512::detect().zip(Avx2::detect()).map(|(wide, narrow)| Isa::Avx512(wide, narrow)));
+            all.extend(Avx512::detect().map(Isa::Avx512));
             all.extend(Avx2::detect().map(Isa::Avx2));
         }
         all.push(Isa::Portable(Portable));
@@ -47,7 +47,7 @@ impl Isa {
     pub fn run(self, work: impl Work) {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(wide, _) => simd::run_avx512(wide, work),
+            Isa::Avx512(wide) => simd::run_avx512(wide, work),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(narrow) => simd::run_avx2(narrow, work),
             Isa::Portable(_) => work.run(),
@@ -58,7 +58,7 @@ impl Isa {
     pub const fn name(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(..) => "avx512-bf16",
+            Isa::Avx512(_) => "avx512-bf16",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => "avx2",
             Isa::Portable(_) => "portable",

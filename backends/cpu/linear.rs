@@ -5,6 +5,8 @@ use half::bf16;
 use quaver_core::host::slices::{ActIn, ColsOut, ScaleIn, Slice, SliceMut, WeightIn};
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512::Avx512;
 use super::isa::Isa;
 
 /// A way to take dot products: an instruction set, and what elements are decoded to.
@@ -46,9 +48,9 @@ pub fn linear(isa: Isa, scratch: &mut Scratch, x: ActIn, w: WeightIn, k: usize, 
     let narrow = |data: Slice| matches!(data, Slice::E4m3(_) | Slice::Bf16(_));
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512(path, _) if narrow(x.data) && narrow(w.data) => run(path, &mut scratch.bf16, x, w, k, out, add),
+        Isa::Avx512(path) if narrow(x.data) && narrow(w.data) => run(path, &mut scratch.bf16, x, w, k, out, add),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512(_, path) | Isa::Avx2(path) => run(path, &mut scratch.f32, x, w, k, out, add),
+        Isa::Avx512(Avx512(path)) | Isa::Avx2(path) => run(path, &mut scratch.f32, x, w, k, out, add),
         Isa::Portable(path) => run(path, &mut scratch.f32, x, w, k, out, add),
     }
 }

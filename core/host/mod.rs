@@ -106,8 +106,14 @@ pub trait Kernels: Send {
 pub struct HostBackend<K> {
     kernels: K,
     memory: Memory,
-    plans: Vec<Program>,
+    plans: Vec<Recorded>,
     steps: u64,
+}
+
+/// A program, and how many spans the smallest of its `spans` buffers holds.
+struct Recorded {
+    program: Program,
+    spans: usize,
 }
 
 /// How much of a program's sizes is in use this step.
@@ -128,15 +134,10 @@ impl<K: Kernels> HostBackend<K> {
         Error::device(self.kernels.describe().backend, why)
     }
 
-    fn live(&self, program: &Program) -> Result<Live> {
+    fn live(&self, Recorded { program, spans }: &Recorded) -> Result<Live> {
         let words = self.memory.u32s(program.live);
         let live = Live { rows: words[0] as usize, wanted: words[1] as usize, spans: words[2] as usize };
-        let spans = program.lines.iter().filter_map(|line| match line.op {
-            Op::RopeAppend { rows, .. } | Op::Attend { rows, .. } => Some(self.memory.desc(rows.spans).rows.capacity()),
-            _ => None,
-        });
-        let spans = spans.min().unwrap_or(live.spans);
-        if live.rows > program.rows || live.wanted > program.wanted || live.spans > spans {
+        if live.rows > program.rows || live.wanted > program.wanted || live.spans > *spans {
             let limits = format!("{} rows, {} wanted ones and {spans} spans", program.rows, program.wanted);
             let Live { rows, wanted, spans } = live;
             let why =
@@ -145,81 +146,80 @@ impl<K: Kernels> HostBackend<K> {
         }
         Ok(live)
     }
+}
 
-    fn execute(&mut self, op: &Op, live: Live) {
-        let (kernels, memory) = (&mut self.kernels, &mut self.memory);
-        match *op {
-            Op::Embed { ids, table, out } => {
-                let d = memory.desc(out).cols;
-                memory.write_rows(out, live.rows, |memory, out| {
-                    kernels.embed(&memory.u32s(ids)[..live.rows], memory.slice(table), d, out.into_f32());
-                });
-            }
-            Op::RmsNorm { x, gamma, eps, out } => {
-                let (m, d) = (memory.live_rows(x, live), memory.desc(x).cols);
-                memory.write_act(out, m, |memory, out| {
-                    kernels.rms_norm(&memory.f32s(x)[..m * d], memory.f32s(gamma), eps, out);
-                });
-            }
-            Op::Quantize { x, out } => {
-                let (m, k) = (memory.live_rows(x, live), memory.desc(x).cols);
-                memory.write_act(out, m, |memory, out| kernels.quantize(&memory.f32s(x)[..m * k], k, out));
-            }
-            Op::Linear { x, w, out, add } => linear(kernels, memory, x, w, out, add, live),
-            Op::RopeAppend { qkv, rope, rows, heads, q, kv } => {
-                let dtype = memory.desc(kv.k).dtype;
-                let [mut k, mut v] = [kv.k, kv.v].map(|buf| memory.take(buf));
-                let cache = KvOut {
-                    k: SliceMut::new(dtype, cast_slice_mut(&mut k)),
-                    v: SliceMut::new(dtype, cast_slice_mut(&mut v)),
-                    page_tokens: kv.page_tokens,
-                    scales: kv.scales,
-                };
-                memory.write_rows(q, live.rows, |memory, q| {
-                    let (qkv, rows) = (memory.rows(qkv, live.rows), memory.rows_in(rows, live));
-                    kernels.rope_append(qkv, memory.f32s(rope), rows, heads, q, cache);
-                });
-                memory.put(kv.k, k);
-                memory.put(kv.v, v);
-            }
-            Op::Attend { q, rows, heads, kv, out } => memory.write_act(out, live.rows, |memory, out| {
-                kernels.attend(memory.rows(q, live.rows), memory.rows_in(rows, live), heads, memory.kv_in(kv), out);
-            }),
-            Op::SwiGlu { gate_up, out } => {
-                let (m, f) = (memory.live_rows(gate_up, live), memory.desc(gate_up).cols / 2);
-                memory.write_act(out, m, |memory, out| kernels.swiglu(memory.rows(gate_up, m), f, out));
-            }
-            Op::Gather { x, wanted, out } => {
-                let d = memory.desc(x).cols;
-                memory.write_rows(out, live.wanted, |memory, out| {
-                    let (x, wanted) = (memory.f32s(x), &memory.u32s(wanted)[..live.wanted]);
-                    for (row, &from) in out.into_f32().chunks_exact_mut(d).zip(wanted) {
-                        row.copy_from_slice(&x[from as usize * d..][..d]);
-                    }
-                });
-            }
-            Op::Sample { logits, params, history, out } => {
-                let mut counts = memory.take(history);
-                memory.write_words(out, |memory, out| {
-                    let logits = memory.rows(logits, live.wanted);
-                    let Slice::F32(logits) = logits else { unreachable!("checked by record") };
-                    let params = &bytemuck::cast_slice(memory.u32s(params))[..live.wanted];
-                    kernels.sample(logits, params, &mut counts, &mut cast_slice_mut(out)[..live.wanted]);
-                });
-                memory.put(history, counts);
-            }
-            Op::CopyPages { kv, page_rows, pairs } => {
-                for buf in [kv.k, kv.v] {
-                    let page = page_rows * memory.desc(buf).cols * memory.desc(buf).dtype.size();
-                    let mut cache = memory.take(buf);
-                    reference::copy_pages(cast_slice_mut(&mut cache), page, memory.u32s(pairs));
-                    memory.put(buf, cache);
+fn execute(kernels: &mut impl Kernels, memory: &mut Memory, op: &Op, live: Live) {
+    match *op {
+        Op::Embed { ids, table, out } => {
+            let d = memory.desc(out).cols;
+            memory.write_rows(out, live.rows, |memory, out| {
+                kernels.embed(&memory.u32s(ids)[..live.rows], memory.slice(table), d, out.into_f32());
+            });
+        }
+        Op::RmsNorm { x, gamma, eps, out } => {
+            let (m, d) = (memory.live_rows(x, live), memory.desc(x).cols);
+            memory.write_act(out, m, |memory, out| {
+                kernels.rms_norm(&memory.f32s(x)[..m * d], memory.f32s(gamma), eps, out);
+            });
+        }
+        Op::Quantize { x, out } => {
+            let (m, k) = (memory.live_rows(x, live), memory.desc(x).cols);
+            memory.write_act(out, m, |memory, out| kernels.quantize(&memory.f32s(x)[..m * k], k, out));
+        }
+        Op::Linear { x, w, out, add } => linear(kernels, memory, x, w, out, add, live),
+        Op::RopeAppend { qkv, rope, rows, heads, q, kv } => {
+            let dtype = memory.desc(kv.k).dtype;
+            let [mut k, mut v] = [kv.k, kv.v].map(|buf| memory.take(buf));
+            let cache = KvOut {
+                k: SliceMut::new(dtype, cast_slice_mut(&mut k)),
+                v: SliceMut::new(dtype, cast_slice_mut(&mut v)),
+                page_tokens: kv.page_tokens,
+                scales: kv.scales,
+            };
+            memory.write_rows(q, live.rows, |memory, q| {
+                let (qkv, rows) = (memory.rows(qkv, live.rows), memory.rows_in(rows, live));
+                kernels.rope_append(qkv, memory.f32s(rope), rows, heads, q, cache);
+            });
+            memory.put(kv.k, k);
+            memory.put(kv.v, v);
+        }
+        Op::Attend { q, rows, heads, kv, out } => memory.write_act(out, live.rows, |memory, out| {
+            kernels.attend(memory.rows(q, live.rows), memory.rows_in(rows, live), heads, memory.kv_in(kv), out);
+        }),
+        Op::SwiGlu { gate_up, out } => {
+            let (m, f) = (memory.live_rows(gate_up, live), memory.desc(gate_up).cols / 2);
+            memory.write_act(out, m, |memory, out| kernels.swiglu(memory.rows(gate_up, m), f, out));
+        }
+        Op::Gather { x, wanted, out } => {
+            let d = memory.desc(x).cols;
+            memory.write_rows(out, live.wanted, |memory, out| {
+                let (x, wanted) = (memory.f32s(x), &memory.u32s(wanted)[..live.wanted]);
+                for (row, &from) in out.into_f32().chunks_exact_mut(d).zip(wanted) {
+                    row.copy_from_slice(&x[from as usize * d..][..d]);
                 }
+            });
+        }
+        Op::Sample { logits, params, history, out } => {
+            let mut counts = memory.take(history);
+            memory.write_words(out, |memory, out| {
+                let logits = memory.rows(logits, live.wanted);
+                let Slice::F32(logits) = logits else { unreachable!("checked by record") };
+                let params = &bytemuck::cast_slice(memory.u32s(params))[..live.wanted];
+                kernels.sample(logits, params, &mut counts, &mut cast_slice_mut(out)[..live.wanted]);
+            });
+            memory.put(history, counts);
+        }
+        Op::CopyPages { kv, page_rows, pairs } => {
+            for buf in [kv.k, kv.v] {
+                let page = page_rows * memory.desc(buf).cols * memory.desc(buf).dtype.size();
+                let mut cache = memory.take(buf);
+                reference::copy_pages(cast_slice_mut(&mut cache), page, memory.u32s(pairs));
+                memory.put(buf, cache);
             }
-            Op::AbsMax { x, out } => {
-                let n = memory.live_rows(x, live) * memory.desc(x).cols;
-                memory.write_rows(out, 1, |memory, out| reference::abs_max(&memory.f32s(x)[..n], out.into_f32()));
-            }
+        }
+        Op::AbsMax { x, out } => {
+            let n = memory.live_rows(x, live) * memory.desc(x).cols;
+            memory.write_rows(out, 1, |memory, out| reference::abs_max(&memory.f32s(x)[..n], out.into_f32()));
         }
     }
 }
@@ -298,19 +298,25 @@ impl<K: Kernels> Backend for HostBackend<K> {
                 return fail(buf, "a constant");
             }
         }
-        self.plans.push(program.clone());
+        let spans = program.lines.iter().filter_map(|line| match line.op {
+            Op::RopeAppend { rows, .. } | Op::Attend { rows, .. } => Some(self.memory.desc(rows.spans).rows.capacity()),
+            _ => None,
+        });
+        let spans = spans.min().unwrap_or(usize::MAX);
+        self.plans.push(Recorded { program: program.clone(), spans });
         Ok(Plan(self.plans.len() as u32 - 1))
     }
 
     fn run(&mut self, plan: Plan) -> Result<Step> {
-        let Some(program) = self.plans.get_mut(plan.0 as usize) else {
+        let Some(recorded) = self.plans.get(plan.0 as usize) else {
             return Err(self.fail(format!("there is no plan {}", plan.0)));
         };
-        let program = std::mem::replace(program, Program::new(0, 0, program.live));
-        let result = self.live(&program).map(|live| program.lines.iter().for_each(|line| self.execute(&line.op, live)));
-        self.plans[plan.0 as usize] = program;
+        let live = self.live(recorded)?;
+        for line in &recorded.program.lines {
+            execute(&mut self.kernels, &mut self.memory, &line.op, live);
+        }
         self.steps += 1;
-        result.map(|()| Step(self.steps))
+        Ok(Step(self.steps))
     }
 
     fn read(&mut self, _after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {

@@ -144,14 +144,9 @@ impl Llama {
 
     /// A whole step of at most `rows` rows, with the head for at most `wanted` of them; without it where that is 0.
     pub fn program(&self, rows: usize, wanted: usize) -> Program {
-        let mut program = self.head_program(wanted);
-        if wanted == 0 {
-            program.lines.clear();
-        }
-        let body = std::iter::once(&self.embed).chain(self.layers.iter().flatten()).cloned();
-        program.lines.splice(0..0, body);
-        program.rows = rows;
-        program
+        let body = std::iter::once(&self.embed).chain(self.layers.iter().flatten());
+        let head = if wanted > 0 { &self.head[..] } else { &[] };
+        Program { rows, wanted, live: self.inputs.live, lines: body.chain(head).cloned().collect() }
     }
 
     /// The head alone, over rows that an earlier program left in the residual stream.

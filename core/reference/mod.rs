@@ -52,7 +52,7 @@ pub fn rms_norm(x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
 }
 
 /// One row of [`rms_norm`].
-pub fn rms_norm_row(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
+fn rms_norm_row(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
     let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / x.len() as f64;
     let inv = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
     for ((y, &x), &g) in out.iter_mut().zip(x).zip(gamma) {
@@ -191,10 +191,11 @@ pub fn swiglu(gate_up: Slice, f: usize, out: ActOut) {
 }
 
 /// One row of [`swiglu`].
-pub fn swiglu_row(gate_up: &[f32], out: &mut [f32]) {
+fn swiglu_row(gate_up: &[f32], out: &mut [f32]) {
     let (gate, up) = gate_up.split_at(out.len());
     for ((y, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        *y = gate / (1.0 + (-gate).exp()) * up;
+        let gate = f64::from(gate);
+        *y = (gate / (1.0 + (-gate).exp()) * f64::from(up)) as f32;
     }
 }
 

@@ -65,6 +65,11 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// True where the history of a sequence changes its logits.
+    pub fn penalizes(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
     /// Checks every value; the ranges are OpenAI's and vLLM's where they have one.
     ///
     /// # Errors

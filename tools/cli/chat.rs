@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use quaver::core::engine::FinishReason;
-use quaver::{Error, Llm, Prompt, Request};
+use quaver::{Error, Llm, Progress, Prompt, Request};
 use serde_json::{Value, json};
 
 use self::input::{Entry, Input};
@@ -42,6 +42,10 @@ Ctrl-C stops an answer, Ctrl-D ends."#;
 pub fn run(args: Args) -> Result<()> {
     args.sampling.check()?;
     let llm = args.model.open(1)?;
+    if !llm.has_tokenizer() {
+        let why = format!("{} has none, so that it cannot chat; use quaver generate --prompt-ids", llm.name());
+        return Err(Error::text("tokenizer.json", why).into());
+    }
     if !llm.has_chat_template() {
         let why = format!("{} brings none, so that it cannot chat; use quaver generate --raw", llm.name());
         return Err(Error::text("chat template", why).into());
@@ -126,7 +130,8 @@ impl Chat {
         let request = Request { prompt: Prompt::Messages(self.messages()), params, stop };
         self.stopped.store(false, Ordering::Relaxed);
         let (stopped, mut out, mut failed) = (Arc::clone(&self.stopped), io::stdout().lock(), None);
-        let completions = self.llm.run(vec![request], |_, text| {
+        let completions = self.llm.run(vec![request], |_, progress| {
+            let Progress::Text(text) = progress else { return ControlFlow::Continue(()) };
             if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
                 failed = Some(error);
                 return ControlFlow::Break(());

@@ -82,9 +82,14 @@ impl ModelFlags {
         LlmOptions { device: self.device.spec(), engine }
     }
 
+    /// The model's folder; an empty QUAVER_MODEL is none.
+    pub fn name(&self) -> Option<&str> {
+        self.model.as_deref().filter(|name| !name.is_empty())
+    }
+
     /// Opens the model for `sequences` at a time.
     pub fn open(&self, sequences: usize) -> quaver::Result<Llm> {
-        Llm::with_options(self.model.as_deref(), &self.options(sequences))
+        Llm::with_options(self.name(), &self.options(sequences))
     }
 }
 

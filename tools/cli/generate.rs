@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use quaver::core::engine::{FinishReason, Token};
-use quaver::{Completion, Error, Llm, Prompt, Request, SamplingParams};
+use quaver::{Completion, Error, Llm, Progress, Prompt, Request, SamplingParams};
 use serde_json::{Value, json};
 
 use super::Usage;
@@ -67,6 +67,11 @@ pub fn run(args: Args) -> Result<()> {
     }
     let start = Instant::now();
     let mut llm = args.model.open(count.min(MAX_BATCH))?;
+    let only_ids = texts.is_empty() && conversations.is_empty();
+    if only_ids && !llm.has_tokenizer() && !args.json {
+        let why = format!("{} has none, so that answers have no text; use --json for token ids", llm.name());
+        return Err(Error::text("tokenizer.json", why).into());
+    }
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
     let chat = !args.raw && (args.chat || args.system.is_given() || llm.has_chat_template());
     let system = args.system.get();
@@ -78,18 +83,16 @@ pub fn run(args: Args) -> Result<()> {
     let stop = &args.sampling.stop;
     let requests = prompts.map(|prompt| Request { prompt, params: params.clone(), stop: stop.clone() }).collect();
 
-    let mut printer = Printer { stream: !args.json, current: 0, pending: vec![String::new(); count], failed: None };
-    let completions = llm.run(requests, |i, text| printer.text(i, text))?;
+    let mut printer = Printer::new(!args.json, count);
+    let completions = llm.run(requests, |i, progress| printer.take(i, progress))?;
     if let Some(error) = printer.failed {
         return Err(error.into());
     }
-    let mut out = io::stdout().lock();
     if args.json {
+        let mut out = io::stdout().lock();
         for completion in completions {
             writeln!(out, "{}", to_json(&llm, &completion, load_ms))?;
         }
-    } else {
-        printer.finish(&mut out)?;
     }
     Ok(())
 }
@@ -100,6 +103,9 @@ const MAX_BATCH: usize = 64;
 /// The texts of the command line, of files, and of stdin, in this order.
 fn texts(args: &Args) -> Result<Vec<String>> {
     let mut texts = Vec::new();
+    if args.prompts.iter().filter(|prompt| *prompt == "-").count() > 1 {
+        return Err(Usage("stdin can be read once: give - once".into()).into());
+    }
     for prompt in &args.prompts {
         texts.push(if prompt == "-" { read_stdin()? } else { prompt.clone() });
     }
@@ -155,40 +161,47 @@ fn message(system: Option<&str>, text: String) -> Prompt {
     Prompt::Messages(system.chain([json!({"role": "user", "content": text})]).collect())
 }
 
-/// Prints answers one behind the other, in the order of the prompts: the first as it comes, the others from memory
-/// until it is their turn.
+/// Prints answers one behind the other, in the order of the prompts: the first that is not complete as it comes, later
+/// ones when it is their turn.
 struct Printer {
     stream: bool,
     current: usize,
     pending: Vec<String>,
+    done: Vec<bool>,
     failed: Option<io::Error>,
 }
 
 impl Printer {
-    fn text(&mut self, i: usize, text: &str) -> ControlFlow<()> {
-        if !self.stream {
-            return ControlFlow::Continue(());
+    fn new(stream: bool, count: usize) -> Self {
+        Printer { stream, current: 0, pending: vec![String::new(); count], done: vec![false; count], failed: None }
+    }
+
+    fn take(&mut self, i: usize, progress: Progress) -> ControlFlow<()> {
+        if self.stream && self.failed.is_none() {
+            match progress {
+                Progress::Text(text) if i == self.current => self.print(text),
+                Progress::Text(text) => self.pending[i].push_str(text),
+                Progress::Done => self.done(i),
+            }
         }
-        if i != self.current {
-            self.pending[i].push_str(text);
-            return ControlFlow::Continue(());
-        }
-        let mut out = io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            Ok(()) => ControlFlow::Continue(()),
-            // Nobody reads on: there is no point in computing on.
-            Err(error) => {
-                self.failed = Some(error);
-                ControlFlow::Break(())
+        // Nobody reads on: there is no point in computing on.
+        if self.failed.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn done(&mut self, i: usize) {
+        self.done[i] = true;
+        while self.done.get(self.current) == Some(&true) {
+            self.current += 1;
+            match self.pending.get_mut(self.current).map(std::mem::take) {
+                Some(pending) => self.print(&format!("\n\n{pending}")),
+                None => self.print("\n"),
             }
         }
     }
 
-    fn finish(self, out: &mut impl Write) -> io::Result<()> {
-        for pending in &self.pending[1..] {
-            write!(out, "\n\n{pending}")?;
-        }
-        writeln!(out)
+    fn print(&mut self, text: &str) {
+        let mut out = io::stdout().lock();
+        self.failed = out.write_all(text.as_bytes()).and_then(|()| out.flush()).err();
     }
 }
 

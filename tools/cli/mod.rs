@@ -6,6 +6,7 @@ mod devices;
 mod flags;
 mod generate;
 mod inspect;
+mod synth;
 mod table;
 
 use std::fmt;
@@ -15,9 +16,8 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-/// Runs FP8 language models.
 #[derive(Parser)]
-#[command(name = "quaver", version, about, max_term_width = 100)]
+#[command(name = "quaver", version, about = "Runs FP8 language models", max_term_width = 100)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -37,6 +37,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Show what this machine offers.
     Devices(devices::Args),
+    /// Make a checkpoint with random weights, for benchmarks and tests.
+    Synth(synth::Args),
 }
 
 /// A mistake in the arguments that parsing alone does not find: exit code 2.
@@ -65,15 +67,15 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Devices(args) => devices::run(args),
+        Command::Synth(args) => synth::run(args),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else { return ExitCode::SUCCESS };
     if closed_pipe(&error) {
         return ExitCode::SUCCESS;
     }
-    if args.verbose > 0 {
-        eprintln!("quaver: {error:?}");
-    } else {
-        print_error(&error);
+    match args.verbose {
+        0 => print_error(&error),
+        _ => eprintln!("quaver: {}", one_line(&with_causes(&error))),
     }
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
 }
@@ -82,6 +84,15 @@ pub fn main() -> ExitCode {
 /// message.
 fn print_error(error: &anyhow::Error) {
     eprintln!("quaver: {}", one_line(&error.to_string()));
+}
+
+/// An error and those of its causes that its message does not hold already.
+fn with_causes(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.is_empty() {
+        true => cause,
+        false if text.contains(&cause) => text,
+        false => format!("{text}: {cause}"),
+    })
 }
 
 fn one_line(text: &str) -> String {
