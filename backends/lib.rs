@@ -85,11 +85,8 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     }
     let backend: Box<dyn Backend> = match kind {
         Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads, spec.variant.as_deref())?),
-        Kind::Reference if spec.threads.is_some() || spec.variant.is_some() => {
-            return Err(Error::device(
-                "reference",
-                "it has one thread and no variants; leave --threads and --variant out",
-            ));
+        Kind::Reference if spec.variant.is_some() => {
+            return Err(Error::device("reference", "it has no variants; leave --variant out"));
         }
         Kind::Reference => Box::new(Reference::open()),
     };
