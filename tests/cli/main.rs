@@ -8,6 +8,7 @@ mod bad_requests;
 mod chat;
 mod generate;
 mod inspect;
+mod synth;
 
 use std::ffi::OsStr;
 use std::io::Write;
