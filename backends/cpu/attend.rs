@@ -3,7 +3,7 @@
 //! takes the scores of 16 tokens a step further.
 //!
 //! What a query computes does not depend on the block it is in: its scores are sums over `dim` in order, its values are
-//! summed page by page.
+//! summed page by page, and both in f64 beyond a few terms.
 
 use quaver_core::host::slices::{ActOut, Slice};
 use quaver_core::host::{KvIn, RowsIn};
@@ -64,6 +64,28 @@ struct Scratch {
     page: Vec<f32>,
     /// `[page_tokens / 16, dim, 16]`: the same on its side.
     turned: Vec<[f32; LANES]>,
+    /// `[dim]`: a page's share of the values.
+    partial: Vec<f32>,
+    /// `[rows, group, dim]`: the values.
+    sums: Vec<f64>,
+}
+
+/// The products of a query with 16 keys on their side: eight elements at a time in f32, and these sums in f64.
+#[inline(always)]
+fn dots(query: &[f32], keys: &[[f32; LANES]]) -> [f64; LANES] {
+    let mut sums = [0f64; LANES];
+    for (query, keys) in query.chunks(8).zip(keys.chunks(8)) {
+        let mut part = [0f32; LANES];
+        for (&q, keys) in query.iter().zip(keys) {
+            for lane in 0..LANES {
+                part[lane] += q * keys[lane];
+            }
+        }
+        for lane in 0..LANES {
+            sums[lane] += f64::from(part[lane]);
+        }
+    }
+    sums
 }
 
 /// A task with what it needs.
@@ -81,7 +103,7 @@ impl Work for Running<'_> {
     fn run(self) {
         let Running { task, scratch, q, rows, heads, kv } = self;
         let (dim, group) = (heads.dim, heads.q / heads.kv);
-        let Scratch { q: queries, weights, page, turned } = scratch;
+        let Scratch { q: queries, weights, page, turned, partial, sums } = scratch;
         let longest = task.position + task.outs.len();
         let stride = longest.next_multiple_of(LANES);
         queries.resize(task.outs.len() * group * dim, 0.0);
@@ -91,7 +113,7 @@ impl Work for Running<'_> {
         weights.resize(task.outs.len() * group * stride, 0.0);
         page.resize(kv.page_tokens * dim, 0.0);
         turned.resize(kv.page_tokens.div_ceil(LANES) * dim, [0.0; LANES]);
-        let factor = kv.scales.0 / (dim as f32).sqrt();
+        let factor = f64::from(kv.scales.0) / (dim as f64).sqrt();
         let pages = || (0..longest).step_by(kv.page_tokens);
         let load = |cache: Slice, first: usize, page: &mut [f32]| {
             let start = rows.kv_row(task.seq, first, heads, task.head, kv.page_tokens) * dim;
@@ -104,13 +126,7 @@ impl Work for Running<'_> {
             turn(&page[..count * dim], dim, turned);
             for (query, weights) in queries.chunks_exact(dim).zip(weights.chunks_exact_mut(stride)) {
                 for (keys, token) in turned.chunks_exact(dim).zip((0..count).step_by(LANES)) {
-                    let mut scores = [0f32; LANES];
-                    for (&q, keys) in query.iter().zip(keys) {
-                        for lane in 0..LANES {
-                            scores[lane] += q * keys[lane];
-                        }
-                    }
-                    scores.iter_mut().for_each(|score| *score *= factor);
+                    let scores = dots(query, keys).map(|dot| (dot * factor) as f32);
                     let n = LANES.min(count - token);
                     weights[first + token..][..n].copy_from_slice(&scores[..n]);
                 }
@@ -121,21 +137,26 @@ impl Work for Running<'_> {
             weights.chunks_exact_mut(stride).for_each(|weights| softmax(&mut weights[..context], kv.scales.1));
         }
         let mut outs = task.outs;
-        outs.iter_mut().for_each(|out| out.fill(0.0));
-        let mut partial = vec![0.0; dim];
+        sums.clear();
+        sums.resize(outs.len() * group * dim, 0.0);
+        partial.resize(dim, 0.0);
         for first in pages() {
             let count = load(kv.v, first, page);
-            for (i, (out, weights)) in outs.iter_mut().zip(weights.chunks_exact(group * stride)).enumerate() {
+            let rows = sums.chunks_exact_mut(group * dim).zip(weights.chunks_exact(group * stride));
+            for (i, (sums, weights)) in rows.enumerate() {
                 let count = count.min((task.position + i + 1).saturating_sub(first));
-                for (out, weights) in out.chunks_exact_mut(dim).zip(weights.chunks_exact(stride)) {
-                    // Summing a page at a time keeps the error of a long context small.
+                for (sums, weights) in sums.chunks_exact_mut(dim).zip(weights.chunks_exact(stride)) {
+                    // Within a page in f32, page to page in f64: the error does not grow with the context.
                     partial.fill(0.0);
                     for (weight, value) in weights[first..first + count].iter().zip(page.chunks_exact(dim)) {
                         partial.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v);
                     }
-                    out.iter_mut().zip(&partial).for_each(|(out, sum)| *out += sum);
+                    sums.iter_mut().zip(&*partial).for_each(|(sum, part)| *sum += f64::from(*part));
                 }
             }
+        }
+        for (out, sums) in outs.iter_mut().zip(sums.chunks_exact(group * dim)) {
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = *sum as f32);
         }
     }
 }

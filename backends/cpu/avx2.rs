@@ -13,8 +13,9 @@ use quaver_core::host::slices::Slice;
 use super::linear::Path;
 use super::simd;
 
-/// As many bytes as a chunk of the bf16 path.
-const CHUNK: usize = 1024;
+/// Elements that are summed in registers before their sum is added to that of earlier ones: it keeps the error of a long
+/// sum small.
+const CHUNK: usize = 256;
 const LANES: usize = 8;
 /// Channels of a tile.
 const CHANNELS: usize = 4;

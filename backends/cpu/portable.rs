@@ -6,6 +6,9 @@ use quaver_core::host::slices::Slice;
 use super::linear::Path;
 
 const LANES: usize = 8;
+/// Elements that are summed lane by lane before their sum is added to that of earlier ones: it keeps the error of a long
+/// sum small.
+const CHUNK: usize = 256;
 /// Channels of a tile.
 const CHANNELS: usize = 4;
 
@@ -57,16 +60,24 @@ impl Path for Portable {
 
 /// The dot products of a row with each of `C` channels.
 fn dots<const C: usize>(x: &[f32], w: &[f32]) -> [f32; C] {
-    let steps = x.len() / LANES;
-    let x = &x.as_chunks::<LANES>().0[..steps];
-    let w: [&[[f32; LANES]]; C] = std::array::from_fn(|c| &w[c * steps * LANES..].as_chunks().0[..steps]);
-    let mut sums = [[0f32; LANES]; C];
-    for i in 0..steps {
-        for c in 0..C {
-            for lane in 0..LANES {
-                sums[c][lane] += x[i][lane] * w[c][i][lane];
+    let mut total = [0f32; C];
+    for first in (0..x.len()).step_by(CHUNK) {
+        let range = first..x.len().min(first + CHUNK);
+        let steps = range.len() / LANES;
+        let x = &x[range.clone()].as_chunks::<LANES>().0[..steps];
+        let row = |c: usize| &w[c * (w.len() / C)..][range.clone()].as_chunks::<LANES>().0[..steps];
+        let w: [&[[f32; LANES]]; C] = std::array::from_fn(row);
+        let mut sums = [[0f32; LANES]; C];
+        for i in 0..steps {
+            for c in 0..C {
+                for lane in 0..LANES {
+                    sums[c][lane] += x[i][lane] * w[c][i][lane];
+                }
             }
         }
+        for (total, s) in total.iter_mut().zip(sums) {
+            *total += ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+        }
     }
-    sums.map(|s| ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])))
+    total
 }
