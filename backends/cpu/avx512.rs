@@ -16,15 +16,18 @@ use super::avx2::Avx2;
 use super::linear::{Path, ROWS};
 use super::simd;
 
-/// Elements that are summed in registers before their sum is added to that of earlier ones: six rows of so many stay in
-/// the first-level cache.
+/// Elements that are summed in registers before their sum is added to that of earlier ones: the rows of a tile of so
+/// many stay in the first-level cache.
 const CHUNK: usize = 2048;
 
 /// Codes that are decoded at a time.
 const STEP: usize = 64;
 
-/// Channels of a tile.
+/// Channels of a tile: with [`ROWS`] rows 16 sums, more of which the compiler would not keep in registers.
 const CHANNELS: usize = 4;
+
+/// Bytes of weights that are asked for ahead of their use, where one row streams them from memory.
+const AHEAD: usize = 16 << 10;
 
 /// Proof that this machine has the instructions: [`Avx512::detect`] is the only way to one.
 /// It carries that of AVX2, which f32 is computed with.
@@ -166,11 +169,12 @@ pub fn row(x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
         let sums = match w {
             Slice::E4m3(codes) => {
                 let rows: [&[u8]; CHANNELS] = std::array::from_fn(|c| &codes[channel(c)..][..k]);
-                codes_against_row(x, rows, &tables)
+                codes_against_row(x, rows, codes.get(channel(0) + AHEAD..).unwrap_or_default(), &tables)
             }
             Slice::Bf16(w) => {
                 let rows: [&[bf16]; CHANNELS] = std::array::from_fn(|c| &w[channel(c)..][..k]);
-                bf16_against_row(x, rows)
+                let ahead = w.get(channel(0) + AHEAD / 2..).unwrap_or_default();
+                bf16_against_row(x, rows, cast_slice(ahead))
             }
             Slice::F32(_) => unreachable!("f32 takes another path"),
         };
@@ -179,7 +183,7 @@ pub fn row(x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], tables: &Tables) -> [f32; CHANNELS] {
+fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], ahead: &[u8], tables: &Tables) -> [f32; CHANNELS] {
     let mut total = [0f32; CHANNELS];
     let k = rows[0].len();
     for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
@@ -197,6 +201,7 @@ fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], tables: &Tables) -> [f
             }
         };
         for i in 0..whole {
+            (0..CHANNELS).for_each(|c| simd::prefetch(ahead, c * k + first + i * STEP));
             step(&x[i], std::array::from_fn(|c| pod_read_unaligned(&blocks[c][i])));
         }
         if let Some(x) = x.get(whole) {
@@ -208,7 +213,7 @@ fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], tables: &Tables) -> [f
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS]) -> [f32; CHANNELS] {
+fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], ahead: &[u8]) -> [f32; CHANNELS] {
     let mut total = [0f32; CHANNELS];
     let k = rows[0].len();
     for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
@@ -218,6 +223,7 @@ fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS]) -> [f32; CHANNELS] {
         let whole = chunk[0].len() / 32;
         let blocks: [&[[bf16; 32]]; CHANNELS] = chunk.map(|row| &row.as_chunks::<32>().0[..whole]);
         for (i, x) in x[..whole].iter().enumerate() {
+            (0..CHANNELS).for_each(|c| simd::prefetch(ahead, 2 * (c * k + first + i * 32)));
             let x: __m512bh = pod_read_unaligned(cast_slice(x));
             for (sum, blocks) in sums.iter_mut().zip(blocks) {
                 *sum = _mm512_dpbf16_ps(*sum, pod_read_unaligned(cast_slice(&blocks[i])), x);
@@ -237,15 +243,13 @@ fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS]) -> [f32; CHANNELS] {
     total
 }
 
-/// Up to six rows against decoded channels.
+/// Up to [`ROWS`] rows against decoded channels.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub fn rows(x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
     match x.len() / padded {
         1 => tiles::<1>(x, w, padded, y),
         2 => tiles::<2>(x, w, padded, y),
         3 => tiles::<3>(x, w, padded, y),
-        4 => tiles::<4>(x, w, padded, y),
-        5 => tiles::<5>(x, w, padded, y),
         ROWS => tiles::<ROWS>(x, w, padded, y),
         n => unreachable!("{n} rows at a time"),
     }

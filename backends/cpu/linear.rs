@@ -31,7 +31,7 @@ pub trait Path: Copy + Send + Sync {
 }
 
 /// Rows that [`Path::rows`] takes at a time.
-pub const ROWS: usize = 6;
+pub const ROWS: usize = 4;
 
 /// Decoded weights that a thread keeps at a time: a part of its second-level cache.
 const BLOCK_BYTES: usize = 256 << 10;

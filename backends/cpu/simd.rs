@@ -9,6 +9,16 @@ use super::avx2::{self, Avx2};
 use super::avx512::{self, Avx512};
 use super::vector::Work;
 
+/// Asks for the cache line of a byte, where there is such a byte.
+#[inline(always)]
+pub fn prefetch(bytes: &[u8], at: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    if let Some(byte) = bytes.get(at) {
+        // SAFETY: a prefetch reads nothing; the address is that of a byte that is there.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) }
+    }
+}
+
 /// [`avx512::decode`].
 pub fn decode(_: Avx512, codes: &[u8], into: &mut [bf16]) {
     // SAFETY: an `Avx512` exists only where its features were detected.
