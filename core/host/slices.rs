@@ -179,12 +179,12 @@ impl<'a> SliceMut<'a> {
         }
     }
 
-    /// The rows of a row-major matrix, apart.
+    /// The rows of a row-major matrix, apart; the last one may be shorter.
     pub fn rows(self, cols: usize) -> Vec<SliceMut<'a>> {
         match self {
-            SliceMut::F32(x) => x.chunks_exact_mut(cols).map(SliceMut::F32).collect(),
-            SliceMut::Bf16(x) => x.chunks_exact_mut(cols).map(SliceMut::Bf16).collect(),
-            SliceMut::E4m3(x) => x.chunks_exact_mut(cols).map(SliceMut::E4m3).collect(),
+            SliceMut::F32(x) => x.chunks_mut(cols).map(SliceMut::F32).collect(),
+            SliceMut::Bf16(x) => x.chunks_mut(cols).map(SliceMut::Bf16).collect(),
+            SliceMut::E4m3(x) => x.chunks_mut(cols).map(SliceMut::E4m3).collect(),
         }
     }
 }
@@ -335,17 +335,7 @@ impl<'a> ColsOut<'a> {
     pub fn blocks(self, width: usize) -> Vec<Vec<SliceMut<'a>>> {
         let mut blocks: Vec<Vec<_>> = (0..self.n.div_ceil(width)).map(|_| Vec::new()).collect();
         for row in self.rows() {
-            match row {
-                SliceMut::F32(x) => {
-                    blocks.iter_mut().zip(x.chunks_mut(width)).for_each(|(block, x)| block.push(SliceMut::F32(x)));
-                }
-                SliceMut::Bf16(x) => {
-                    blocks.iter_mut().zip(x.chunks_mut(width)).for_each(|(block, x)| block.push(SliceMut::Bf16(x)));
-                }
-                SliceMut::E4m3(x) => {
-                    blocks.iter_mut().zip(x.chunks_mut(width)).for_each(|(block, x)| block.push(SliceMut::E4m3(x)));
-                }
-            }
+            blocks.iter_mut().zip(row.rows(width)).for_each(|(block, part)| block.push(part));
         }
         blocks
     }
