@@ -5,12 +5,14 @@
 pub mod batch;
 pub mod bytes;
 pub mod checkpoint;
+pub mod cost;
 pub mod e4m3;
 pub mod engine;
 pub mod error;
 pub mod host;
 pub mod kv;
 pub mod llama;
+pub mod meter;
 pub mod op;
 pub mod philox;
 pub mod plan;

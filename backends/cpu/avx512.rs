@@ -27,7 +27,7 @@ const STEP: usize = 64;
 const CHANNELS: usize = 4;
 
 /// Bytes of weights that are asked for ahead of their use, where one row streams them from memory.
-const AHEAD: usize = 16 << 10;
+const AHEAD: usize = 4 << 10;
 
 /// Proof that this machine has the instructions: [`Avx512::detect`] is the only way to one.
 /// It carries that of AVX2, which f32 is computed with.
@@ -163,29 +163,31 @@ pub fn decode(codes: &[u8], into: &mut [bf16]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
 pub fn row(x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
     let tables = tables();
-    for (i, y) in y.chunks_mut(CHANNELS).enumerate() {
-        // A block that is not full computes its last channel several times.
-        let channel = |c: usize| (i * CHANNELS + c.min(y.len() - 1)) * k;
+    // Channels of a tile lie a stream apart, so that each stream is read from one end to the other: memory gives twice
+    // as much to few long streams as to many short ones.
+    let last = y.len() - 1;
+    let stream = y.len().div_ceil(CHANNELS);
+    for i in 0..stream {
+        // Where a stream is shorter, its last channel is computed again.
+        let channel = |c: usize| (c * stream + i).min(last);
         let sums = match w {
             Slice::E4m3(codes) => {
-                let rows: [&[u8]; CHANNELS] = std::array::from_fn(|c| &codes[channel(c)..][..k]);
-                codes_against_row(x, rows, codes.get(channel(0) + AHEAD..).unwrap_or_default(), &tables)
+                let rows: [&[u8]; CHANNELS] = std::array::from_fn(|c| &codes[channel(c) * k..]);
+                codes_against_row(x, rows, k, &tables)
             }
             Slice::Bf16(w) => {
-                let rows: [&[bf16]; CHANNELS] = std::array::from_fn(|c| &w[channel(c)..][..k]);
-                let ahead = w.get(channel(0) + AHEAD / 2..).unwrap_or_default();
-                bf16_against_row(x, rows, cast_slice(ahead))
+                let rows: [&[bf16]; CHANNELS] = std::array::from_fn(|c| &w[channel(c) * k..]);
+                bf16_against_row(x, rows, k)
             }
             Slice::F32(_) => unreachable!("f32 takes another path"),
         };
-        y.copy_from_slice(&sums[..y.len()]);
+        (0..CHANNELS).for_each(|c| y[channel(c)] = sums[c]);
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], ahead: &[u8], tables: &Tables) -> [f32; CHANNELS] {
+fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], k: usize, tables: &Tables) -> [f32; CHANNELS] {
     let mut total = [0f32; CHANNELS];
-    let k = rows[0].len();
     for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
         let mut sums = [_mm512_setzero_ps(); CHANNELS];
         let chunk: [&[u8]; CHANNELS] = rows.map(|row| &row[first..k.min(first + CHUNK)]);
@@ -201,7 +203,7 @@ fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], ahead: &[u8], tables: 
             }
         };
         for i in 0..whole {
-            (0..CHANNELS).for_each(|c| simd::prefetch(ahead, c * k + first + i * STEP));
+            rows.iter().for_each(|row| simd::prefetch(row, first + i * STEP + AHEAD));
             step(&x[i], std::array::from_fn(|c| pod_read_unaligned(&blocks[c][i])));
         }
         if let Some(x) = x.get(whole) {
@@ -213,9 +215,8 @@ fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], ahead: &[u8], tables: 
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], ahead: &[u8]) -> [f32; CHANNELS] {
+fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], k: usize) -> [f32; CHANNELS] {
     let mut total = [0f32; CHANNELS];
-    let k = rows[0].len();
     for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
         let mut sums = [_mm512_setzero_ps(); CHANNELS];
         let chunk: [&[bf16]; CHANNELS] = rows.map(|row| &row[first..k.min(first + CHUNK)]);
@@ -223,7 +224,7 @@ fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], ahead: &[u8]) -> [f32
         let whole = chunk[0].len() / 32;
         let blocks: [&[[bf16; 32]]; CHANNELS] = chunk.map(|row| &row.as_chunks::<32>().0[..whole]);
         for (i, x) in x[..whole].iter().enumerate() {
-            (0..CHANNELS).for_each(|c| simd::prefetch(ahead, 2 * (c * k + first + i * 32)));
+            rows.iter().for_each(|row| simd::prefetch(cast_slice(row), 2 * (first + i * 32) + AHEAD));
             let x: __m512bh = pod_read_unaligned(cast_slice(x));
             for (sum, blocks) in sums.iter_mut().zip(blocks) {
                 *sum = _mm512_dpbf16_ps(*sum, pod_read_unaligned(cast_slice(&blocks[i])), x);
