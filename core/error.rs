@@ -12,7 +12,7 @@ pub enum Error {
     /// A file of the model or of the user could not be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried: `read`, `map`, `write`.
+        /// What was tried, a verb: `read`, `map`, `write`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
@@ -115,6 +115,14 @@ pub enum Error {
         /// What to do.
         remedy: &'static str,
     },
+    /// A model could not be had from the Hugging Face hub.
+    #[error("{what}: {why}")]
+    Hub {
+        /// The model's id, or the setting that is wrong.
+        what: String,
+        /// What happened and what to do.
+        why: String,
+    },
     /// Text, a tokenizer or a chat template could not be used.
     #[error("{what}: {why}")]
     Text {
@@ -126,7 +134,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// An I/O failure at `path`; `action` is `read`, `map` or `write`.
+    /// An I/O failure at `path`; `action` is a verb, such as `read`.
     pub fn io(action: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io { action, path: path.into(), source }
     }
@@ -149,6 +157,11 @@ impl Error {
     /// A device that could not be opened or failed.
     pub fn device(device: impl Into<String>, why: impl Into<String>) -> Self {
         Error::Device { device: device.into(), why: why.into() }
+    }
+
+    /// A model that could not be had from the Hugging Face hub.
+    pub fn hub(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Error::Hub { what: what.into(), why: why.into() }
     }
 
     /// Text, a tokenizer or a template that could not be used.

@@ -3,7 +3,7 @@
 //! ```
 //! use quaver::{Llm, SamplingParams};
 //!
-//! // `Llm::open("path/to/Llama-3.2-1B-Instruct-FP8")?` for a checkpoint on disk.
+//! // `Llm::open("path/to/Llama-3.2-1B-Instruct-FP8")?` for a checkpoint on disk or, by its id, on the hub.
 //! let mut llm = Llm::demo()?;
 //! let params = SamplingParams { temperature: 0.6, top_p: 0.9, max_tokens: 24, seed: Some(1), ..Default::default() };
 //! let prompts = ["It was a cold morning in", "The old house stood"];
@@ -12,6 +12,7 @@
 //! # Ok::<(), quaver::Error>(())
 //! ```
 
+mod hub;
 pub mod llm;
 mod model;
 pub mod parity;

@@ -21,6 +21,8 @@ pub struct LlmOptions {
     pub device: Spec,
     /// Profile, context and memory.
     pub engine: EngineOptions,
+    /// Take a model that is named by its Hugging Face id from the cache, without any request.
+    pub offline: bool,
 }
 
 /// What to continue.
@@ -96,12 +98,13 @@ pub struct Llm {
 }
 
 impl Llm {
-    /// Opens a model in a folder on the best device of this machine.
+    /// Opens a model on the best device of this machine: a folder, or a Hugging Face id such as
+    /// `RedHatAI/Llama-3.2-1B-Instruct-FP8` (see [`files`](crate::files)).
     ///
     /// ```no_run
     /// use quaver::Llm;
     ///
-    /// let mut llm = Llm::open("Llama-3.2-1B-Instruct-FP8")?;
+    /// let mut llm = Llm::open("RedHatAI/Llama-3.2-1B-Instruct-FP8")?;
     /// let params = llm.sampling_defaults();
     /// for output in llm.generate(&["The capital of France is"], &params)? {
     ///     println!("{}", output.text);
@@ -117,9 +120,9 @@ impl Llm {
         Self::with_options(None, &LlmOptions::default())
     }
 
-    /// Opens a model in a folder, or the demo model, with options.
+    /// Opens a model in a folder or of the hub, or the demo model, with options.
     pub fn with_options(model: Option<&str>, options: &LlmOptions) -> Result<Self> {
-        let files = model::files(model)?;
+        let files = model::files(model, options.offline)?;
         let checkpoint = Checkpoint::open(files.clone())?;
         let tokenizer = files.get("tokenizer.json")?.map(|json| Tokenizer::from_json(&json)).transpose()?;
         let bos = checkpoint.generation().bos.zip(tokenizer.as_ref()).and_then(|(id, t)| t.id_to_token(id));
@@ -134,7 +137,7 @@ impl Llm {
         })
     }
 
-    /// The model's name: its folder, or `quaver-demo`.
+    /// The model's name: its folder as it was given, its Hugging Face id, or `quaver-demo`.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -1,7 +1,11 @@
-//! Where a model is: a folder, or the demo model that is part of the binary.
+//! Where a model is: a folder, the Hugging Face hub, or, for the demo model, the binary.
 
-use quaver_core::Result;
+use std::path::Path;
+
 use quaver_core::checkpoint::Files;
+use quaver_core::{Error, Result};
+
+use crate::hub::{Hub, Repo};
 
 macro_rules! embed {
     ($($file:literal),*) => { &[$(($file, include_bytes!(concat!("demo/", $file)).as_slice())),*] };
@@ -18,10 +22,30 @@ static DEMO: &[(&str, &[u8])] = embed!(
     "tokenizer_config.json"
 );
 
-/// The files of a model: of a folder, or of the built-in demo model where no name is given.
-pub fn files(model: Option<&str>) -> Result<Files> {
-    match model {
-        Some(folder) => Files::dir(folder),
-        None => Ok(Files::embedded("quaver-demo", DEMO)),
+/// The files of a model: of a folder, of a Hugging Face id (`org/name` or `org/name@revision`), or of the built-in demo
+/// model where no name is given.
+///
+/// An existing folder wins over an id of the same name. A model that the Hugging Face cache holds whole at the revision
+/// is used without a request; what it lacks is downloaded, unless `offline` or `HF_HUB_OFFLINE` forbids. The cache, the
+/// hub and the token are those of huggingface_hub's variables: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`,
+/// `HF_TOKEN_PATH`.
+pub fn files(model: Option<&str>, offline: bool) -> Result<Files> {
+    let Some(name) = model else { return Ok(Files::embedded("quaver-demo", DEMO)) };
+    if !Path::new(name).exists() {
+        if let Some(repo) = Repo::parse(name) {
+            let folder = Hub::from_env(offline)?.folder(&repo)?;
+            return Ok(Files::dir(folder)?.named(repo.to_string()));
+        }
+        if is_meant_as_id(name) {
+            let why = "is no folder here, and no Hugging Face id, which would be org/name or org/name@revision";
+            return Err(Error::checkpoint(name, why));
+        }
     }
+    Files::dir(name)
+}
+
+/// True for what is written as neither an absolute nor an explicitly relative path, nor as a path of several steps.
+fn is_meant_as_id(name: &str) -> bool {
+    let id = name.split('@').next().unwrap_or(name);
+    !name.starts_with(['.', '/', '~']) && !name.contains('\\') && id.matches('/').count() <= 1
 }

@@ -29,7 +29,7 @@ pub struct Files {
 
 #[derive(Clone, Debug)]
 enum Place {
-    Dir(PathBuf),
+    Dir { path: PathBuf, name: String },
     Embedded { name: &'static str, files: &'static [(&'static str, &'static [u8])] },
 }
 
@@ -52,7 +52,16 @@ impl Files {
             let why = "holds no config.json; give the folder of a Hugging Face checkpoint";
             return Err(Error::checkpoint(path.display().to_string(), why));
         }
-        Ok(Files { place: Place::Dir(path) })
+        let name = path.display().to_string();
+        Ok(Files { place: Place::Dir { path, name } })
+    }
+
+    /// The same files under another name than their folder's: a user knows a model of the cache by its id.
+    pub fn named(mut self, id: impl Into<String>) -> Self {
+        if let Place::Dir { name, .. } = &mut self.place {
+            *name = id.into();
+        }
+        self
     }
 
     /// Files that are a part of the binary: names and contents.
@@ -60,10 +69,10 @@ impl Files {
         Files { place: Place::Embedded { name, files } }
     }
 
-    /// The folder as it was given, or the name of what is embedded.
+    /// The folder as it was given, unless it was named; or the name of what is embedded.
     pub fn name(&self) -> String {
         match &self.place {
-            Place::Dir(path) => path.display().to_string(),
+            Place::Dir { name, .. } => name.clone(),
             Place::Embedded { name, .. } => (*name).to_owned(),
         }
     }
@@ -71,7 +80,7 @@ impl Files {
     /// The folder, where there is one.
     pub fn path(&self) -> Option<&Path> {
         match &self.place {
-            Place::Dir(path) => Some(path),
+            Place::Dir { path, .. } => Some(path),
             Place::Embedded { .. } => None,
         }
     }
@@ -86,7 +95,7 @@ impl Files {
             Place::Embedded { files, .. } => {
                 Ok(files.iter().find(|(name, _)| *name == file).map(|(_, bytes)| Bytes::from(*bytes)))
             }
-            Place::Dir(dir) => {
+            Place::Dir { path: dir, .. } => {
                 let path = dir.join(file);
                 let metadata = match std::fs::metadata(&path) {
                     Ok(metadata) => metadata,
@@ -135,6 +144,8 @@ mod tests {
             files.require("tokenizer.json").unwrap_err().to_string(),
             format!("{}: holds no tokenizer.json; download the whole model", dir.path().display())
         );
+        let files = files.named("org/name");
+        assert_eq!((files.name().as_str(), files.path()), ("org/name", Some(dir.path())));
     }
 
     #[test]

@@ -50,13 +50,14 @@ impl Checkpoint {
     /// Reads the configs, then maps the tensors. Fails where a file is missing or damaged and where the model is not
     /// supported; what the tensors hold is checked as they are asked for.
     pub fn open(files: Files) -> Result<Self> {
-        let value = json::parse(LlamaConfig::FILE, &files.require(LlamaConfig::FILE)?)?;
-        let config = LlamaConfig::from_json(&value)?;
-        let quantization = value.get("quantization_config").filter(|value| !value.is_null());
-        let quantization = quantization.map(QuantizationConfig::from_json).transpose()?;
-        let generation = GenerationConfig::from_json(files.json(GenerationConfig::FILE)?.as_ref(), &config)?;
+        let (config, quantization, generation) = configs(&files)?;
         let tensors = tensors::open(&files)?;
         Ok(Checkpoint { files, config, quantization, generation, tensors })
+    }
+
+    /// Reads the configs alone, and fails as [`Checkpoint::open`] does: for a caller who has yet to fetch the tensors.
+    pub fn check(files: &Files) -> Result<()> {
+        configs(files).map(drop)
     }
 
     /// The files it was opened from.
@@ -94,6 +95,15 @@ impl Checkpoint {
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = &Tensor> {
         self.tensors.values()
     }
+}
+
+fn configs(files: &Files) -> Result<(LlamaConfig, Option<QuantizationConfig>, GenerationConfig)> {
+    let value = json::parse(LlamaConfig::FILE, &files.require(LlamaConfig::FILE)?)?;
+    let config = LlamaConfig::from_json(&value)?;
+    let quantization = value.get("quantization_config").filter(|value| !value.is_null());
+    let quantization = quantization.map(QuantizationConfig::from_json).transpose()?;
+    let generation = GenerationConfig::from_json(files.json(GenerationConfig::FILE)?.as_ref(), &config)?;
+    Ok((config, quantization, generation))
 }
 
 #[cfg(test)]

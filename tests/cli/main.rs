@@ -7,6 +7,7 @@ mod bad_models;
 mod bad_requests;
 mod chat;
 mod generate;
+mod hub;
 mod inspect;
 mod synth;
 
@@ -37,7 +38,8 @@ struct Ran {
 fn quaver<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Quaver {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quaver"));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("QUAVER_") || name == "RUST_LOG" {
+        let text = name.to_string_lossy();
+        if ["QUAVER_", "HF_"].iter().any(|prefix| text.starts_with(prefix)) || text == "RUST_LOG" {
             command.env_remove(name);
         }
     }

@@ -12,9 +12,13 @@ use super::Usage;
 /// Which model, where, and how large.
 #[derive(Args, Debug)]
 pub struct ModelFlags {
-    /// A model's folder; the built-in demo model where none is given.
-    #[arg(long, short, value_name = "DIR", env = "QUAVER_MODEL")]
+    /// A model's folder, or its Hugging Face id (org/name or org/name@revision), which is downloaded where the cache
+    /// does not hold it whole and used as it is where it does; the built-in demo model where none is given.
+    #[arg(long, short, value_name = "MODEL", env = "QUAVER_MODEL")]
     pub model: Option<String>,
+    /// Never ask the network: take an id's model from the cache, as HF_HUB_OFFLINE=1 does.
+    #[arg(long, value_parser = clap::builder::FalseyValueParser::new(), env = "QUAVER_OFFLINE")]
+    pub offline: bool,
     #[command(flatten)]
     pub device: DeviceFlags,
     /// Tokens that a prompt and its answer can have together [default: what the model was made for].
@@ -79,10 +83,10 @@ impl ModelFlags {
             kv_cache_memory: self.kv_cache_memory,
             ..EngineOptions::default()
         };
-        LlmOptions { device: self.device.spec(), engine }
+        LlmOptions { device: self.device.spec(), engine, offline: self.offline }
     }
 
-    /// The model's folder; an empty QUAVER_MODEL is none.
+    /// The model's folder or id; an empty QUAVER_MODEL is none.
     pub fn name(&self) -> Option<&str> {
         self.model.as_deref().filter(|name| !name.is_empty())
     }

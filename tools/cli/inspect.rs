@@ -33,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let files = quaver::files(args.model.name())?;
+    let files = quaver::files(args.model.name(), args.model.offline)?;
     let checkpoint = Checkpoint::open(files.clone())?;
     let tokenizer = files.get("tokenizer.json")?.map(|json| Tokenizer::from_json(&json)).transpose()?;
     let has_chat_template = quaver::llm::chat_template(&files)?.is_some();

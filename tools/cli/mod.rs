@@ -62,6 +62,8 @@ pub fn main() -> ExitCode {
     let level = ["warn", "info", "debug"][usize::from(args.verbose.min(2))];
     let env = env_logger::Env::default().default_filter_or(level);
     env_logger::Builder::from_env(env).format_timestamp_millis().init();
+    // At `trace` the HTTP client writes what goes over the wire, and so the token.
+    log::set_max_level(log::max_level().min(log::LevelFilter::Debug));
     let result = match args.command {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
