@@ -27,7 +27,7 @@ const STEP: usize = 64;
 const CHANNELS: usize = 4;
 
 /// Bytes of weights that are asked for ahead of their use, where one row streams them from memory.
-const AHEAD: usize = 4 << 10;
+const AHEAD: usize = 512;
 
 /// Proof that this machine has the instructions: [`Avx512::detect`] is the only way to one.
 /// It carries that of AVX2, which f32 is computed with.

@@ -36,6 +36,10 @@ pub const ROWS: usize = 4;
 /// Decoded weights that a thread keeps at a time: a part of its second-level cache.
 const BLOCK_BYTES: usize = 256 << 10;
 
+/// Channels that a thread streams from memory at a time where there is one row: enough for long streams, few enough that
+/// a thread which is held up keeps the others waiting for little.
+const STREAM_CHANNELS: usize = 4096;
+
 /// Kept between calls, one a kind of element.
 #[derive(Default)]
 pub struct Scratch {
@@ -45,10 +49,12 @@ pub struct Scratch {
 
 /// See [`quaver_core::reference::linear`].
 pub fn linear(isa: Isa, scratch: &mut Scratch, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
-    let narrow = |data: Slice| matches!(data, Slice::E4m3(_) | Slice::Bf16(_));
+    let narrow = |data: &Slice| matches!(data, Slice::E4m3(_) | Slice::Bf16(_));
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512(path) if narrow(x.data) && narrow(w.data) => run(path, &mut scratch.bf16, x, w, k, out, add),
+        Isa::Avx512(path) if narrow(&x.data) && w.parts.iter().all(narrow) => {
+            run(path, &mut scratch.bf16, x, w, k, out, add)
+        }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(Avx512(path)) | Isa::Avx2(path) => run(path, &mut scratch.f32, x, w, k, out, add),
         Isa::Portable(path) => run(path, &mut scratch.f32, x, w, k, out, add),
@@ -56,48 +62,74 @@ pub fn linear(isa: Isa, scratch: &mut Scratch, x: ActIn, w: WeightIn, k: usize, 
 }
 
 fn run<P: Path>(path: P, decoded: &mut Vec<P::Element>, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
-    let (m, n, padded) = (x.data.len() / k, w.data.len() / k, path.padded(k));
-    if m == 0 || n == 0 {
+    let (m, padded) = (x.data.len() / k, path.padded(k));
+    if m == 0 {
         return;
     }
     decoded.resize(m * padded, P::Element::default());
-    let decode = |(i, row): (usize, &mut [P::Element])| path.decode_x(x.data.row(i, k), w.data, row);
+    let decode = |(i, row): (usize, &mut [P::Element])| path.decode_x(x.data.row(i, k), w.parts[0], row);
     match m {
         1 => decode((0, decoded)),
         _ => decoded.par_chunks_mut(padded).enumerate().for_each(decode),
     }
     let x_decoded: &[P::Element] = decoded;
     let scales = Scales { x: x.scale, w: w.scale, add };
-    let most = (BLOCK_BYTES / (padded * size_of::<P::Element>())).max(4);
+    let most = match m {
+        1 => STREAM_CHANNELS,
+        _ => (BLOCK_BYTES / (padded * size_of::<P::Element>())).max(4),
+    };
     // Enough blocks that every thread gets several.
-    let block = n.div_ceil(4 * rayon::current_num_threads()).min(most).next_multiple_of(4);
-    let blocks = out.blocks(block).into_par_iter().enumerate();
+    let channels = out.n.div_ceil(4 * rayon::current_num_threads()).min(most).next_multiple_of(4);
+    let blocks = blocks(w.parts, k, channels);
+    let widths: Vec<_> = blocks.iter().map(|block| block.w.len() / k).collect();
+    let tasks = blocks.into_par_iter().zip(out.blocks(&widths));
     if m == 1 {
-        blocks.for_each_init(Vec::new, |y, (i, mut out)| {
-            let (first, count) = (i * block, out[0].len());
-            y.resize(count, 0.0);
-            path.row(x_decoded, w.data.range(first * k, count * k), k, y);
-            scales.store(0, first, y, &mut out[0]);
+        tasks.for_each_init(Vec::new, |y, (block, mut out)| {
+            y.resize(out[0].len(), 0.0);
+            path.row(x_decoded, block.w, k, y);
+            scales.store(0, block.first, y, &mut out[0]);
         });
         return;
     }
-    blocks.for_each_init(
+    tasks.for_each_init(
         || (Vec::new(), Vec::new()),
-        |(weights, y), (i, mut out)| {
-            let (first, count) = (i * block, out[0].len());
+        |(weights, y), (block, mut out)| {
+            let count = out[0].len();
             weights.resize(count * padded, P::Element::default());
-            for (i, row) in weights.chunks_exact_mut(padded).enumerate() {
-                path.decode_w(w.data.row(first + i, k), row);
+            for (row, into) in block.w.rows(k).zip(weights.chunks_exact_mut(padded)) {
+                path.decode_w(row, into);
             }
             for (i, (x, out)) in x_decoded.chunks(ROWS * padded).zip(out.chunks_mut(ROWS)).enumerate() {
                 y.resize(out.len() * count, 0.0);
                 path.rows(x, weights, padded, y);
                 for ((row, y), out) in y.chunks_exact_mut(count).enumerate().zip(out) {
-                    scales.store(i * ROWS + row, first, y, out);
+                    scales.store(i * ROWS + row, block.first, y, out);
                 }
             }
         },
     );
+}
+
+/// Channels of a weight that one task computes.
+struct Block<'a> {
+    /// The first, counted in the whole weight.
+    first: usize,
+    /// `[channels, k]`.
+    w: Slice<'a>,
+}
+
+/// Every part in blocks of at most so many channels.
+fn blocks<'a>(parts: &[Slice<'a>], k: usize, channels: usize) -> Vec<Block<'a>> {
+    let mut blocks = Vec::new();
+    let mut first = 0;
+    for part in parts {
+        let n = part.len() / k;
+        let starts = (0..n).step_by(channels);
+        let block = |start| Block { first: first + start, w: part.range(start * k, channels.min(n - start) * k) };
+        blocks.extend(starts.map(block));
+        first += n;
+    }
+    blocks
 }
 
 /// What results are multiplied by on their way out, and whether they are added to what is there.

@@ -16,7 +16,8 @@ mod simd;
 mod tests;
 mod vector;
 
-use self::isa::Isa;
+use std::sync::Arc;
+
 use quaver_core::host::slices::{ActIn, ActOut, ColsOut, Slice, WeightIn};
 use quaver_core::host::{HostBackend, Kernels, KvIn, RowsIn};
 use quaver_core::op::{DeviceInfo, Heads};
@@ -25,13 +26,15 @@ use quaver_core::{Error, Result};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use self::isa::Isa;
+
 /// The cpu backend.
 pub type Cpu = HostBackend<CpuKernels>;
 
 /// Kernels over a pool of threads that park while there is nothing to do.
 pub struct CpuKernels {
     isa: Isa,
-    pool: ThreadPool,
+    pool: Arc<ThreadPool>,
     linear: linear::Scratch,
     attended: Vec<f32>,
 }
@@ -46,7 +49,7 @@ fn kernels(threads: Option<usize>, isa: Isa) -> Result<CpuKernels> {
     let threads = threads.unwrap_or_else(default_threads);
     let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("quaver-cpu-{i}")).build();
     let pool = pool.map_err(|e| Error::device("cpu", format!("cannot start {threads} threads: {e}")))?;
-    Ok(CpuKernels { isa, pool, linear: linear::Scratch::default(), attended: Vec::new() })
+    Ok(CpuKernels { isa, pool: Arc::new(pool), linear: linear::Scratch::default(), attended: Vec::new() })
 }
 
 /// One thread a core that this process may use.
@@ -70,10 +73,15 @@ impl Kernels for CpuKernels {
         describe(self.pool.current_num_threads(), self.isa)
     }
 
+    fn step(&mut self, ops: impl FnOnce(&mut Self) + Send) {
+        let pool = self.pool.clone();
+        pool.install(|| ops(self));
+    }
+
     fn rms_norm(&mut self, x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
         let (d, isa) = (gamma.len(), self.isa);
         let rows = x.chunks_exact(d).zip(out.rows(d)).collect::<Vec<_>>();
-        self.for_each(rows, |row: &mut Vec<f32>, (x, mut out)| {
+        for_each(rows, |row: &mut Vec<f32>, (x, mut out)| {
             row.resize(d, 0.0);
             isa.run(vector::RmsNorm { x, gamma, eps, row, out: &mut out });
         });
@@ -82,23 +90,21 @@ impl Kernels for CpuKernels {
     fn quantize(&mut self, x: &[f32], k: usize, out: ActOut) {
         let isa = self.isa;
         let rows = x.chunks_exact(k).zip(out.rows(k)).collect::<Vec<_>>();
-        self.for_each(rows, |_: &mut (), (x, mut out)| isa.run(vector::Store(&mut out, x)));
+        for_each(rows, |_: &mut (), (x, mut out)| isa.run(vector::Store(&mut out, x)));
     }
 
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
-        let (isa, scratch) = (self.isa, &mut self.linear);
-        self.pool.install(|| linear::linear(isa, scratch, x, w, k, out, add));
+        linear::linear(self.isa, &mut self.linear, x, w, k, out, add);
     }
 
     fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {
-        let (isa, attended) = (self.isa, &mut self.attended);
-        self.pool.install(|| attend::attend(isa, attended, q, rows, heads, kv, out));
+        attend::attend(self.isa, &mut self.attended, q, rows, heads, kv, out);
     }
 
     fn swiglu(&mut self, gate_up: Slice, f: usize, out: ActOut) {
         let isa = self.isa;
         let rows = out.rows(f).into_iter().enumerate().collect();
-        self.for_each(rows, |(row, y): &mut (Vec<f32>, Vec<f32>), (i, mut out)| {
+        for_each(rows, |(row, y): &mut (Vec<f32>, Vec<f32>), (i, mut out)| {
             row.resize(2 * f, 0.0);
             y.resize(f, 0.0);
             isa.run(vector::SwiGlu { gate_up: gate_up.row(i, 2 * f), row, y, out: &mut out });
@@ -119,18 +125,16 @@ impl Kernels for CpuKernels {
             let history = if chooses { histories[params.seq as usize].take() } else { None };
             tasks.push((logits, params, history.unwrap_or_default(), out));
         }
-        self.for_each(tasks, |sampler: &mut Sampler, (logits, params, history, out)| {
+        for_each(tasks, |sampler: &mut Sampler, (logits, params, history, out)| {
             *out = sampler.sample(logits, params, history);
         });
     }
 }
 
-impl CpuKernels {
-    /// Deals items out to the threads, each with scratch of its own; a single one stays on this thread.
-    fn for_each<T: Send, S: Default + Send>(&self, items: Vec<T>, f: impl Fn(&mut S, T) + Send + Sync) {
-        match items.len() {
-            0 | 1 => items.into_iter().for_each(|item| f(&mut S::default(), item)),
-            _ => self.pool.install(|| items.into_par_iter().for_each_init(S::default, f)),
-        }
+/// Deals items out to the threads, each with scratch of its own; a single one stays on this thread.
+fn for_each<T: Send, S: Default + Send>(items: Vec<T>, f: impl Fn(&mut S, T) + Send + Sync) {
+    match items.len() {
+        0 | 1 => items.into_iter().for_each(|item| f(&mut S::default(), item)),
+        _ => items.into_par_iter().for_each_init(S::default, f),
     }
 }

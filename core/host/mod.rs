@@ -68,6 +68,15 @@ pub trait Kernels: Send {
     /// What this runs on.
     fn describe(&self) -> DeviceInfo;
 
+    /// Runs the ops of one step: kernels with threads of their own do so on one of them, since each op by itself would
+    /// take the way there and back.
+    fn step(&mut self, ops: impl FnOnce(&mut Self) + Send)
+    where
+        Self: Sized,
+    {
+        ops(self);
+    }
+
     /// [`Op::Embed`].
     fn embed(&mut self, ids: &[u32], table: Slice, d: usize, out: &mut [f32]) {
         reference::embed(ids, table, d, out);
@@ -80,7 +89,7 @@ pub trait Kernels: Send {
     fn quantize(&mut self, x: &[f32], k: usize, out: ActOut) {
         reference::quantize(x, k, out);
     }
-    /// [`Op::Linear`]; `w` may be some of the rows of the whole weight.
+    /// [`Op::Linear`].
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
         reference::linear(x, w, k, out, add);
     }
@@ -224,25 +233,18 @@ fn execute(kernels: &mut impl Kernels, memory: &mut Memory, op: &Op, live: Live)
     }
 }
 
-/// A weight is read part by part, so that tensors which the checkpoint keeps apart need not be copied together.
 fn linear(kernels: &mut impl Kernels, memory: &mut Memory, x: Act, w: Weight, out: Cols, add: bool, live: Live) {
     let (m, stride) = (memory.live_rows(out.buf, live), memory.desc(out.buf).cols);
     let (data, scale) = match w {
         Weight::Real(data) => (data, None),
         Weight::Fp8 { codes, scale } => (codes, Some(scale)),
     };
-    let (dtype, k) = (memory.desc(data).dtype, memory.desc(data).cols);
-    memory.write_rows(out.buf, m, |memory, mut y| {
-        let x = memory.act(x, m);
-        let mut row = 0;
-        for part in memory.parts(data) {
-            let data = Slice::new(dtype, part);
-            let n = data.len() / k;
-            let scale = scale.map(|scale| &memory.f32s(scale)[row..row + n]);
-            let y = ColsOut { data: y.range(0, m * stride), stride, first: out.first + row, n };
-            kernels.linear(x, WeightIn { data, scale }, k, y, add);
-            row += n;
-        }
+    let BufDesc { dtype, rows, cols: k, .. } = *memory.desc(data);
+    memory.write_rows(out.buf, m, |memory, y| {
+        let parts: Vec<_> = memory.parts(data).map(|part| Slice::new(dtype, part)).collect();
+        let w = WeightIn { parts: &parts, scale: scale.map(|scale| memory.f32s(scale)) };
+        let out = ColsOut { data: y, stride, first: out.first, n: rows.capacity() };
+        kernels.linear(memory.act(x, m), w, k, out, add);
     });
 }
 
@@ -312,9 +314,8 @@ impl<K: Kernels> Backend for HostBackend<K> {
             return Err(self.fail(format!("there is no plan {}", plan.0)));
         };
         let live = self.live(recorded)?;
-        for line in &recorded.program.lines {
-            execute(&mut self.kernels, &mut self.memory, &line.op, live);
-        }
+        let (memory, lines) = (&mut self.memory, &recorded.program.lines);
+        self.kernels.step(|kernels| lines.iter().for_each(|line| execute(kernels, memory, &line.op, live)));
         self.steps += 1;
         Ok(Step(self.steps))
     }

@@ -59,6 +59,11 @@ impl<'a> Slice<'a> {
         self.range(i * cols, cols)
     }
 
+    /// The rows of a row-major matrix.
+    pub fn rows(self, cols: usize) -> impl Iterator<Item = Slice<'a>> {
+        (0..self.len() / cols).map(move |i| self.row(i, cols))
+    }
+
     /// The values in f32: exact for each of the types; codes are decoded, but not scaled.
     #[inline(always)]
     pub fn load(self, into: &mut [f32]) {
@@ -143,6 +148,24 @@ impl<'a> SliceMut<'a> {
         }
     }
 
+    /// The first `n` elements, and the others.
+    pub fn split(self, n: usize) -> (Self, Self) {
+        match self {
+            SliceMut::F32(x) => {
+                let (first, rest) = x.split_at_mut(n);
+                (SliceMut::F32(first), SliceMut::F32(rest))
+            }
+            SliceMut::Bf16(x) => {
+                let (first, rest) = x.split_at_mut(n);
+                (SliceMut::Bf16(first), SliceMut::Bf16(rest))
+            }
+            SliceMut::E4m3(x) => {
+                let (first, rest) = x.split_at_mut(n);
+                (SliceMut::E4m3(first), SliceMut::E4m3(rest))
+            }
+        }
+    }
+
     /// `len` elements from `first` on.
     pub fn range(&mut self, first: usize, len: usize) -> SliceMut<'_> {
         match self {
@@ -223,10 +246,17 @@ impl ScaleIn<'_> {
 /// A weight `[n, k]` to read.
 #[derive(Clone, Copy)]
 pub struct WeightIn<'a> {
-    /// `[n, k]`.
-    pub data: Slice<'a>,
+    /// `[n, k]`, some rows a part and all of one dtype: tensors that the checkpoint keeps apart.
+    pub parts: &'a [Slice<'a>],
     /// `[n]` for codes.
     pub scale: Option<&'a [f32]>,
+}
+
+impl<'a> WeightIn<'a> {
+    /// The rows of all parts.
+    pub fn rows(self, k: usize) -> impl Iterator<Item = Slice<'a>> {
+        self.parts.iter().flat_map(move |part| part.rows(k))
+    }
 }
 
 /// Activations `[m, k]` to write: rounded, or quantized with a static or a per-token scale.
@@ -331,11 +361,15 @@ impl<'a> ColsOut<'a> {
         }
     }
 
-    /// Blocks of `width` columns (the last one may be narrower), each with its part of every row: for as many tasks.
-    pub fn blocks(self, width: usize) -> Vec<Vec<SliceMut<'a>>> {
-        let mut blocks: Vec<Vec<_>> = (0..self.n.div_ceil(width)).map(|_| Vec::new()).collect();
-        for row in self.rows() {
-            blocks.iter_mut().zip(row.rows(width)).for_each(|(block, part)| block.push(part));
+    /// Blocks of so many columns, each with its part of every row: for as many tasks.
+    pub fn blocks(self, widths: &[usize]) -> Vec<Vec<SliceMut<'a>>> {
+        let mut blocks: Vec<Vec<_>> = widths.iter().map(|_| Vec::new()).collect();
+        for mut row in self.rows() {
+            for (block, &width) in blocks.iter_mut().zip(widths) {
+                let (part, rest) = row.split(width);
+                block.push(part);
+                row = rest;
+            }
         }
         blocks
     }

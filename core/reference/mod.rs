@@ -74,8 +74,8 @@ pub fn linear(x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
     let mut channel = vec![0.0; k];
     let mut rows = out.rows();
     let mut y = [0.0];
-    for j in 0..w.data.len() / k {
-        w.data.row(j, k).load(&mut channel);
+    for (j, w_row) in w.rows(k).enumerate() {
+        w_row.load(&mut channel);
         let w_scale = w.scale.map_or(1.0, |scale| scale[j]);
         for (i, row) in rows.iter_mut().enumerate() {
             let product = dot(&values[i * k..][..k], &channel) as f32 * x.scale.row(i) * w_scale;
