@@ -11,7 +11,7 @@ use quaver_core::op::Heads;
 use rayon::prelude::*;
 
 use super::isa::Isa;
-use super::vector::{LANES, Store, Work, softmax};
+use super::vector::{LANES, Math, Store, Work, softmax};
 
 /// Rows of a block.
 const BLOCK: usize = 8;
@@ -72,13 +72,13 @@ struct Scratch {
 
 /// The products of a query with 16 keys on their side: eight elements at a time in f32, and these sums in f64.
 #[inline(always)]
-fn dots(query: &[f32], keys: &[[f32; LANES]]) -> [f64; LANES] {
+fn dots<M: Math>(query: &[f32], keys: &[[f32; LANES]]) -> [f64; LANES] {
     let mut sums = [0f64; LANES];
     for (query, keys) in query.chunks(8).zip(keys.chunks(8)) {
         let mut part = [0f32; LANES];
         for (&q, keys) in query.iter().zip(keys) {
             for lane in 0..LANES {
-                part[lane] += q * keys[lane];
+                part[lane] = M::mul_add(q, keys[lane], part[lane]);
             }
         }
         for lane in 0..LANES {
@@ -100,7 +100,7 @@ struct Running<'a> {
 
 impl Work for Running<'_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<M: Math>(self) {
         let Running { task, scratch, q, rows, heads, kv } = self;
         let (dim, group) = (heads.dim, heads.q / heads.kv);
         let Scratch { q: queries, weights, page, turned, partial, sums } = scratch;
@@ -126,7 +126,7 @@ impl Work for Running<'_> {
             turn(&page[..count * dim], dim, turned);
             for (query, weights) in queries.chunks_exact(dim).zip(weights.chunks_exact_mut(stride)) {
                 for (keys, token) in turned.chunks_exact(dim).zip((0..count).step_by(LANES)) {
-                    let scores = dots(query, keys).map(|dot| (dot * factor) as f32);
+                    let scores = dots::<M>(query, keys).map(|dot| (dot * factor) as f32);
                     let n = LANES.min(count - token);
                     weights[first + token..][..n].copy_from_slice(&scores[..n]);
                 }
@@ -134,7 +134,9 @@ impl Work for Running<'_> {
         }
         for (i, weights) in weights.chunks_exact_mut(group * stride).enumerate() {
             let context = task.position + i + 1;
-            weights.chunks_exact_mut(stride).for_each(|weights| softmax(&mut weights[..context], kv.scales.1));
+            for weights in weights.chunks_exact_mut(stride) {
+                softmax(&mut weights[..context], kv.scales.1);
+            }
         }
         let mut outs = task.outs;
         sums.clear();
@@ -148,15 +150,21 @@ impl Work for Running<'_> {
                 for (sums, weights) in sums.chunks_exact_mut(dim).zip(weights.chunks_exact(stride)) {
                     // Within a page in f32, page to page in f64: the error does not grow with the context.
                     partial.fill(0.0);
-                    for (weight, value) in weights[first..first + count].iter().zip(page.chunks_exact(dim)) {
-                        partial.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v);
+                    for (&weight, value) in weights[first..first + count].iter().zip(page.chunks_exact(dim)) {
+                        for (sum, &v) in partial.iter_mut().zip(value) {
+                            *sum = M::mul_add(weight, v, *sum);
+                        }
                     }
-                    sums.iter_mut().zip(&*partial).for_each(|(sum, part)| *sum += f64::from(*part));
+                    for (sum, &part) in sums.iter_mut().zip(&*partial) {
+                        *sum += f64::from(part);
+                    }
                 }
             }
         }
         for (out, sums) in outs.iter_mut().zip(sums.chunks_exact(group * dim)) {
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = *sum as f32);
+            for (out, &sum) in out.iter_mut().zip(sums) {
+                *out = sum as f32;
+            }
         }
     }
 }

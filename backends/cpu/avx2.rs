@@ -10,17 +10,12 @@ use bytemuck::{cast, pod_read_unaligned};
 use half::bf16;
 use quaver_core::host::slices::Slice;
 
-use super::linear::Path;
+use super::linear::{CHANNELS, Line, Path};
 use super::simd;
 
-/// Elements that are summed in registers before their sum is added to that of earlier ones: it keeps the error of a long
-/// sum small.
+/// It keeps the error of a long sum small.
 const CHUNK: usize = 256;
 const LANES: usize = 8;
-/// Channels of a tile.
-const CHANNELS: usize = 4;
-/// Rows of a tile: with the channels, 12 sums, a weight and an activation of 16 registers.
-const TILE_ROWS: usize = 3;
 
 /// Proof that this machine has the instructions: [`Avx2::detect`] is the only way to one.
 #[derive(Clone, Copy)]
@@ -36,9 +31,12 @@ impl Avx2 {
 
 impl Path for Avx2 {
     type Element = f32;
+    /// With the channels 12 sums; a weight and an activation beside them make 14 of 16 registers.
+    const ROWS: usize = 3;
+    const CHUNK: usize = CHUNK;
 
     fn padded(self, k: usize) -> usize {
-        k.next_multiple_of(LANES)
+        k.next_multiple_of(2 * LANES)
     }
 
     fn decode_x(self, x: Slice, _: Slice, into: &mut [f32]) {
@@ -53,8 +51,8 @@ impl Path for Avx2 {
         simd::row_f32(self, x, w, k, y);
     }
 
-    fn rows(self, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
-        simd::rows_f32(self, x, w, padded, y);
+    fn tile(self, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+        simd::tile_f32(self, x, w, sums);
     }
 }
 
@@ -82,8 +80,8 @@ fn load8(row: Slice, i: usize) -> __m256 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn load_rest(row: Slice, i: usize) -> __m256 {
     let mut rest = [0f32; LANES];
-    let n = row.len() - i;
-    row.range(i, n).load(&mut rest[..n]);
+    let n = row.len().saturating_sub(i);
+    row.range(row.len() - n, n).load(&mut rest[..n]);
     cast(rest)
 }
 
@@ -101,10 +99,12 @@ pub fn decode(row: Slice, into: &mut [f32]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn row(x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
     let whole = k / LANES * LANES;
-    for (block, y) in y.chunks_mut(CHANNELS).enumerate() {
-        // A block that is not full computes its last channel several times.
-        let channel = |c: usize| w.row(block * CHANNELS + c.min(y.len() - 1), k);
-        let w: [Slice; CHANNELS] = std::array::from_fn(channel);
+    // Channels of a tile lie a stream apart, as in avx512.rs.
+    let last = y.len() - 1;
+    let stream = y.len().div_ceil(CHANNELS);
+    for i in 0..stream {
+        let channel = |c: usize| (c * stream + i).min(last);
+        let w: [Slice; CHANNELS] = std::array::from_fn(|c| w.row(channel(c), k));
         let mut total = [0f32; CHANNELS];
         for first in (0..x.len()).step_by(CHUNK) {
             let mut sums = [_mm256_setzero_ps(); CHANNELS];
@@ -118,58 +118,37 @@ pub fn row(x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
             let sums = reduce(sums);
             total = std::array::from_fn(|c| total[c] + sums[c]);
         }
-        y.copy_from_slice(&total[..y.len()]);
+        (0..CHANNELS).for_each(|c| y[channel(c)] = total[c]);
     }
 }
 
-/// Some rows against decoded channels.
+/// A tile of up to three rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn rows(x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
-    let n = w.len() / padded;
-    for (x, y) in x.chunks(TILE_ROWS * padded).zip(y.chunks_mut(TILE_ROWS * n)) {
-        match x.len() / padded {
-            1 => tiles::<1>(x, w, padded, y),
-            2 => tiles::<2>(x, w, padded, y),
-            _ => tiles::<TILE_ROWS>(x, w, padded, y),
-        }
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn tiles<const R: usize>(x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
-    let n = w.len() / padded;
-    y.fill(0.0);
-    for first in (0..padded).step_by(CHUNK) {
-        let len = CHUNK.min(padded - first);
-        let x: [&[f32]; R] = std::array::from_fn(|r| &x[r * padded + first..][..len]);
-        for channel in (0..n).step_by(CHANNELS) {
-            let count = CHANNELS.min(n - channel);
-            let row = |c: usize| &w[(channel + c.min(count - 1)) * padded + first..][..len];
-            let w: [&[f32]; CHANNELS] = std::array::from_fn(row);
-            for (r, sums) in tile(x, w).into_iter().enumerate() {
-                let y = &mut y[r * n + channel..][..count];
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-            }
-        }
+pub fn tile(x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+    match sums.len() {
+        1 => tile_of::<1>(x, w, sums),
+        2 => tile_of::<2>(x, w, sums),
+        3 => tile_of::<3>(x, w, sums),
+        n => unreachable!("{n} rows at a time"),
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile<const R: usize>(x: [&[f32]; R], w: [&[f32]; CHANNELS]) -> [[f32; CHANNELS]; R] {
-    let steps = x[0].len() / LANES;
-    let x: [&[[f32; LANES]]; R] = x.map(|row| &row.as_chunks().0[..steps]);
-    let w: [&[[f32; LANES]]; CHANNELS] = w.map(|row| &row.as_chunks().0[..steps]);
+fn tile_of<const R: usize>(x: &[Line], w: &[Line], out: &mut [[f32; CHANNELS]]) {
+    let (x, w) = (x.as_chunks::<R>().0, w.as_chunks::<CHANNELS>().0);
     let mut sums = [[_mm256_setzero_ps(); CHANNELS]; R];
-    for i in 0..steps {
-        let w: [__m256; CHANNELS] = std::array::from_fn(|c| cast(w[c][i]));
-        for r in 0..R {
-            let x: __m256 = cast(x[r][i]);
-            for c in 0..CHANNELS {
-                sums[r][c] = _mm256_fmadd_ps(w[c], x, sums[r][c]);
+    for (x, w) in x.iter().zip(w) {
+        for half in 0..2 {
+            let w: [__m256; CHANNELS] = std::array::from_fn(|c| cast::<_, [__m256; 2]>(w[c])[half]);
+            for r in 0..R {
+                let x = cast::<_, [__m256; 2]>(x[r])[half];
+                for c in 0..CHANNELS {
+                    sums[r][c] = _mm256_fmadd_ps(w[c], x, sums[r][c]);
+                }
             }
         }
     }
-    sums.map(|sums| reduce(sums))
+    out.iter_mut().zip(sums).for_each(|(out, sums)| *out = reduce(sums));
 }
 
 /// The sums of the lanes of four registers.

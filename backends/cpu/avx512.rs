@@ -13,18 +13,14 @@ use quaver_core::e4m3;
 use quaver_core::host::slices::Slice;
 
 use super::avx2::Avx2;
-use super::linear::{Path, ROWS};
+use super::linear::{CHANNELS, Line, MOST_ROWS, Path};
 use super::simd;
 
-/// Elements that are summed in registers before their sum is added to that of earlier ones: the rows of a tile of so
-/// many stay in the first-level cache.
+/// The rows of a tile of so many elements stay in the first-level cache.
 const CHUNK: usize = 2048;
 
 /// Codes that are decoded at a time.
 const STEP: usize = 64;
-
-/// Channels of a tile: with [`ROWS`] rows 16 sums, more of which the compiler would not keep in registers.
-const CHANNELS: usize = 4;
 
 /// Bytes of weights that are asked for ahead of their use, where one row streams them from memory.
 const AHEAD: usize = 512;
@@ -48,6 +44,9 @@ impl Avx512 {
 
 impl Path for Avx512 {
     type Element = bf16;
+    /// With the channels 24 sums; four weights and an activation beside them make 29 of 32 registers.
+    const ROWS: usize = 6;
+    const CHUNK: usize = CHUNK;
 
     fn padded(self, k: usize) -> usize {
         k.next_multiple_of(STEP)
@@ -76,8 +75,8 @@ impl Path for Avx512 {
         simd::row(self, x, w, k, y);
     }
 
-    fn rows(self, x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
-        simd::rows(self, x, w, padded, y);
+    fn tile(self, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+        simd::tile(self, x, w, sums);
     }
 }
 
@@ -122,14 +121,14 @@ struct Tables {
     sign: __m512i,
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw")]
 fn tables() -> Tables {
     let table = |bytes: &[u8; 128]| [0, 64].map(|i| pod_read_unaligned(&bytes[i..i + 64]));
     Tables { low: table(&BYTES[0]), high: table(&BYTES[1]), sign: _mm512_set1_epi8(-128) }
 }
 
 /// 64 codes as bf16: per quarter of a register the lower eight in the first result, the upper eight in the second.
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512vbmi")]
 fn decode64(codes: __m512i, tables: &Tables) -> [__m512i; 2] {
     // The look-ups read seven bits of a code; its sign is put back from the code itself: a | (b & c).
     let low = _mm512_permutex2var_epi8(tables.low[0], codes, tables.low[1]);
@@ -139,7 +138,7 @@ fn decode64(codes: __m512i, tables: &Tables) -> [__m512i; 2] {
 }
 
 /// Up to 64 codes, zeros behind them.
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 fn load_codes(codes: &[u8]) -> __m512i {
     if let Some(codes) = codes.first_chunk::<STEP>() {
         return pod_read_unaligned(codes);
@@ -150,7 +149,7 @@ fn load_codes(codes: &[u8]) -> __m512i {
 }
 
 /// Decodes a row of codes in the order of [`decode64`], padded with zeros.
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512vbmi")]
 pub fn decode(codes: &[u8], into: &mut [bf16]) {
     let tables = tables();
     for (codes, into) in codes.chunks(STEP).zip(into.chunks_exact_mut(STEP)) {
@@ -160,7 +159,7 @@ pub fn decode(codes: &[u8], into: &mut [bf16]) {
 }
 
 /// One row against channels as they are stored.
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512vbmi,avx512bf16")]
 pub fn row(x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
     let tables = tables();
     // Channels of a tile lie a stream apart, so that each stream is read from one end to the other: memory gives twice
@@ -185,7 +184,7 @@ pub fn row(x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512vbmi,avx512bf16")]
 fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], k: usize, tables: &Tables) -> [f32; CHANNELS] {
     let mut total = [0f32; CHANNELS];
     for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
@@ -214,7 +213,7 @@ fn codes_against_row(x: &[bf16], rows: [&[u8]; CHANNELS], k: usize, tables: &Tab
     total
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
 fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], k: usize) -> [f32; CHANNELS] {
     let mut total = [0f32; CHANNELS];
     for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
@@ -244,53 +243,34 @@ fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], k: usize) -> [f32; CH
     total
 }
 
-/// Up to [`ROWS`] rows against decoded channels.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub fn rows(x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
-    match x.len() / padded {
-        1 => tiles::<1>(x, w, padded, y),
-        2 => tiles::<2>(x, w, padded, y),
-        3 => tiles::<3>(x, w, padded, y),
-        ROWS => tiles::<ROWS>(x, w, padded, y),
+/// A tile of up to [`MOST_ROWS`] rows.
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+pub fn tile(x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+    match sums.len() {
+        1 => tile_of::<1>(x, w, sums),
+        2 => tile_of::<2>(x, w, sums),
+        3 => tile_of::<3>(x, w, sums),
+        4 => tile_of::<4>(x, w, sums),
+        5 => tile_of::<5>(x, w, sums),
+        MOST_ROWS => tile_of::<MOST_ROWS>(x, w, sums),
         n => unreachable!("{n} rows at a time"),
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn tiles<const R: usize>(x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
-    let n = w.len() / padded;
-    y.fill(0.0);
-    for first in (0..padded).step_by(CHUNK) {
-        let len = CHUNK.min(padded - first);
-        let x: [&[bf16]; R] = std::array::from_fn(|r| &x[r * padded + first..][..len]);
-        for channel in (0..n).step_by(CHANNELS) {
-            let count = CHANNELS.min(n - channel);
-            let row = |c: usize| &w[(channel + c.min(count - 1)) * padded + first..][..len];
-            let w: [&[bf16]; CHANNELS] = std::array::from_fn(row);
-            for (r, sums) in tile(x, w).into_iter().enumerate() {
-                let y = &mut y[r * n + channel..][..count];
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn tile<const R: usize>(x: [&[bf16]; R], w: [&[bf16]; CHANNELS]) -> [[f32; CHANNELS]; R] {
-    let steps = x[0].len() / 32;
-    let x: [&[[bf16; 32]]; R] = x.map(|row| &row.as_chunks::<32>().0[..steps]);
-    let w: [&[[bf16; 32]]; CHANNELS] = w.map(|row| &row.as_chunks::<32>().0[..steps]);
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+fn tile_of<const R: usize>(x: &[Line], w: &[Line], out: &mut [[f32; CHANNELS]]) {
+    let (x, w) = (x.as_chunks::<R>().0, w.as_chunks::<CHANNELS>().0);
     let mut sums = [[_mm512_setzero_ps(); CHANNELS]; R];
-    for i in 0..steps {
-        let w: [__m512bh; CHANNELS] = std::array::from_fn(|c| pod_read_unaligned(cast_slice(&w[c][i])));
+    for (x, w) in x.iter().zip(w) {
+        let w: [__m512bh; CHANNELS] = std::array::from_fn(|c| cast(w[c]));
         for r in 0..R {
-            let x: __m512bh = pod_read_unaligned(cast_slice(&x[r][i]));
+            let x: __m512bh = cast(x[r]);
             for c in 0..CHANNELS {
                 sums[r][c] = _mm512_dpbf16_ps(sums[r][c], w[c], x);
             }
         }
     }
-    sums.map(|sums| reduce(sums))
+    out.iter_mut().zip(sums).for_each(|(out, sums)| *out = reduce(sums));
 }
 
 fn add(a: [f32; CHANNELS], b: [f32; CHANNELS]) -> [f32; CHANNELS] {
@@ -298,7 +278,7 @@ fn add(a: [f32; CHANNELS], b: [f32; CHANNELS]) -> [f32; CHANNELS] {
 }
 
 /// The sums of the lanes of four registers.
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 fn reduce(sums: [__m512; CHANNELS]) -> [f32; CHANNELS] {
     let halves = sums.map(|s| _mm256_add_ps(_mm512_castps512_ps256(s), upper(s)));
     let ab = _mm256_hadd_ps(halves[0], halves[1]);
@@ -307,7 +287,7 @@ fn reduce(sums: [__m512; CHANNELS]) -> [f32; CHANNELS] {
     cast(_mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps::<1>(abcd)))
 }
 
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 fn upper(s: __m512) -> __m256 {
     _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(s)))
 }

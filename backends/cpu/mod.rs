@@ -27,6 +27,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::isa::Isa;
+use self::linear::Linear;
 
 /// The cpu backend.
 pub type Cpu = HostBackend<CpuKernels>;
@@ -35,7 +36,9 @@ pub type Cpu = HostBackend<CpuKernels>;
 pub struct CpuKernels {
     isa: Isa,
     pool: Arc<ThreadPool>,
-    linear: linear::Scratch,
+    /// Decoded activations.
+    linear: Vec<linear::Line>,
+    /// Results of attention before they are rounded.
     attended: Vec<f32>,
 }
 
@@ -49,7 +52,7 @@ fn kernels(threads: Option<usize>, isa: Isa) -> Result<CpuKernels> {
     let threads = threads.unwrap_or_else(default_threads);
     let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("quaver-cpu-{i}")).build();
     let pool = pool.map_err(|e| Error::device("cpu", format!("cannot start {threads} threads: {e}")))?;
-    Ok(CpuKernels { isa, pool: Arc::new(pool), linear: linear::Scratch::default(), attended: Vec::new() })
+    Ok(CpuKernels { isa, pool: Arc::new(pool), linear: Vec::new(), attended: Vec::new() })
 }
 
 /// One thread a core that this process may use.
@@ -94,7 +97,7 @@ impl Kernels for CpuKernels {
     }
 
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
-        linear::linear(self.isa, &mut self.linear, x, w, k, out, add);
+        linear::linear(self.isa, Linear { x, w, k, out, add }, &mut self.linear);
     }
 
     fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {

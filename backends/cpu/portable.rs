@@ -1,16 +1,14 @@
 //! Plain Rust: products in f32, in eight lanes that the compiler keeps in the vector registers that every machine of the
 //! architecture has (SSE2, NEON). The order of a sum is the same for one row and for many.
 
+use bytemuck::cast;
 use quaver_core::host::slices::Slice;
 
-use super::linear::Path;
+use super::linear::{CHANNELS, Line, Path};
 
 const LANES: usize = 8;
-/// Elements that are summed lane by lane before their sum is added to that of earlier ones: it keeps the error of a long
-/// sum small.
+/// It keeps the error of a long sum small.
 const CHUNK: usize = 256;
-/// Channels of a tile.
-const CHANNELS: usize = 4;
 
 /// The instruction set that needs no proof.
 #[derive(Clone, Copy)]
@@ -18,9 +16,11 @@ pub struct Portable;
 
 impl Path for Portable {
     type Element = f32;
+    const ROWS: usize = 4;
+    const CHUNK: usize = CHUNK;
 
     fn padded(self, k: usize) -> usize {
-        k.next_multiple_of(LANES)
+        k.next_multiple_of(2 * LANES)
     }
 
     fn decode_x(self, x: Slice, _: Slice, into: &mut [f32]) {
@@ -34,50 +34,40 @@ impl Path for Portable {
     }
 
     fn row(self, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
-        let mut decoded = vec![0.0; CHANNELS * x.len()];
-        for (block, y) in y.chunks_mut(CHANNELS).enumerate() {
-            let decoded = &mut decoded[..y.len() * x.len()];
-            for (c, row) in decoded.chunks_exact_mut(x.len()).enumerate() {
-                self.decode_w(w.row(block * CHANNELS + c, k), row);
+        let mut channel = vec![0.0; x.len()];
+        for (w, y) in w.rows(k).zip(y) {
+            self.decode_w(w, &mut channel);
+            *y = 0.0;
+            for (x, w) in x.chunks(CHUNK).zip(channel.chunks(CHUNK)) {
+                let mut sums = [0f32; LANES];
+                x.as_chunks().0.iter().zip(w.as_chunks().0).for_each(|(x, w)| add_products(&mut sums, x, w));
+                *y += reduce(sums);
             }
-            self.rows(x, decoded, x.len(), y);
         }
     }
 
-    fn rows(self, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
-        let n = w.len() / padded;
-        for (w, channel) in w.chunks(CHANNELS * padded).zip((0..n).step_by(CHANNELS)) {
-            for (x, y) in x.chunks_exact(padded).zip(y.chunks_exact_mut(n)) {
-                let y = &mut y[channel..n.min(channel + CHANNELS)];
-                match w.len() / padded {
-                    CHANNELS => y.copy_from_slice(&dots::<CHANNELS>(x, w)),
-                    _ => y.iter_mut().zip(w.chunks_exact(padded)).for_each(|(y, w)| [*y] = dots::<1>(x, w)),
+    fn tile(self, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+        let rows = sums.len();
+        for (row, out) in sums.iter_mut().enumerate() {
+            let mut sums = [[0f32; LANES]; CHANNELS];
+            for (x, w) in x.chunks_exact(rows).zip(w.as_chunks::<CHANNELS>().0) {
+                let x: [[f32; LANES]; 2] = cast(x[row]);
+                for (sums, &w) in sums.iter_mut().zip(w) {
+                    let w: [[f32; LANES]; 2] = cast(w);
+                    x.iter().zip(&w).for_each(|(x, w)| add_products(sums, x, w));
                 }
             }
+            *out = sums.map(reduce);
         }
     }
 }
 
-/// The dot products of a row with each of `C` channels.
-fn dots<const C: usize>(x: &[f32], w: &[f32]) -> [f32; C] {
-    let mut total = [0f32; C];
-    for first in (0..x.len()).step_by(CHUNK) {
-        let range = first..x.len().min(first + CHUNK);
-        let steps = range.len() / LANES;
-        let x = &x[range.clone()].as_chunks::<LANES>().0[..steps];
-        let row = |c: usize| &w[c * (w.len() / C)..][range.clone()].as_chunks::<LANES>().0[..steps];
-        let w: [&[[f32; LANES]]; C] = std::array::from_fn(row);
-        let mut sums = [[0f32; LANES]; C];
-        for i in 0..steps {
-            for c in 0..C {
-                for lane in 0..LANES {
-                    sums[c][lane] += x[i][lane] * w[c][i][lane];
-                }
-            }
-        }
-        for (total, s) in total.iter_mut().zip(sums) {
-            *total += ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-        }
+fn add_products(sums: &mut [f32; LANES], x: &[f32; LANES], w: &[f32; LANES]) {
+    for lane in 0..LANES {
+        sums[lane] += x[lane] * w[lane];
     }
-    total
+}
+
+fn reduce(s: [f32; LANES]) -> f32 {
+    ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]))
 }

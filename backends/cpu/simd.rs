@@ -7,7 +7,8 @@ use quaver_core::host::slices::Slice;
 
 use super::avx2::{self, Avx2};
 use super::avx512::{self, Avx512};
-use super::vector::Work;
+use super::linear::{CHANNELS, Line};
+use super::vector::{Fused, Work};
 
 /// Asks for the cache line of a byte, where there is such a byte.
 #[inline(always)]
@@ -31,10 +32,10 @@ pub fn row(_: Avx512, x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
     unsafe { avx512::row(x, w, k, y) }
 }
 
-/// [`avx512::rows`].
-pub fn rows(_: Avx512, x: &[bf16], w: &[bf16], padded: usize, y: &mut [f32]) {
+/// [`avx512::tile`].
+pub fn tile(_: Avx512, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
     // SAFETY: an `Avx512` exists only where its features were detected.
-    unsafe { avx512::rows(x, w, padded, y) }
+    unsafe { avx512::tile(x, w, sums) }
 }
 
 /// [`avx2::decode`].
@@ -49,17 +50,17 @@ pub fn row_f32(_: Avx2, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
     unsafe { avx2::row(x, w, k, y) }
 }
 
-/// [`avx2::rows`].
-pub fn rows_f32(_: Avx2, x: &[f32], w: &[f32], padded: usize, y: &mut [f32]) {
+/// [`avx2::tile`].
+pub fn tile_f32(_: Avx2, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
     // SAFETY: an `Avx2` exists only where its features were detected.
-    unsafe { avx2::rows(x, w, padded, y) }
+    unsafe { avx2::tile(x, w, sums) }
 }
 
 /// Computes something with the vector instructions of AVX-512.
 pub fn run_avx512(_: Avx512, work: impl Work) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
     fn run(work: impl Work) {
-        work.run();
+        work.run::<Fused>();
     }
     // SAFETY: an `Avx512` exists only where these features were detected.
     unsafe { run(work) }
@@ -69,7 +70,7 @@ pub fn run_avx512(_: Avx512, work: impl Work) {
 pub fn run_avx2(_: Avx2, work: impl Work) {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn run(work: impl Work) {
-        work.run();
+        work.run::<Fused>();
     }
     // SAFETY: an `Avx2` exists only where these features were detected.
     unsafe { run(work) }

@@ -1,12 +1,39 @@
 //! Arithmetic in plain Rust, written so that the compiler turns it into the vector instructions of the set that
-//! [`super::isa::Isa::run`] runs it with: everything is inlined there.
+//! [`super::isa::Isa::run`] runs it with: everything is inlined there, which is why loops are `for` loops: what
+//! `for_each` calls may be compiled by itself, without these instructions.
 
 use quaver_core::host::slices::{RowOut, Slice};
 
 /// Something to compute with an instruction set. A trait, because a closure cannot be told to be inlined always.
 pub trait Work {
     /// Computes it; implementations are `#[inline(always)]`.
-    fn run(self);
+    fn run<M: Math>(self);
+}
+
+/// What instruction sets differ in.
+pub trait Math {
+    /// `a * b + c`, fused where there is an instruction for it.
+    fn mul_add(a: f32, b: f32, c: f32) -> f32;
+}
+
+/// Instruction sets that multiply and add at once.
+pub struct Fused;
+
+impl Math for Fused {
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+
+/// Those that may not.
+pub struct Plain;
+
+impl Math for Plain {
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        if cfg!(target_arch = "aarch64") { a.mul_add(b, c) } else { a * b + c }
+    }
 }
 
 /// Rounds or quantizes a row.
@@ -14,7 +41,7 @@ pub struct Store<'a, 'b>(pub &'a mut RowOut<'b>, pub &'a [f32]);
 
 impl Work for Store<'_, '_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<M: Math>(self) {
         self.0.store(self.1);
     }
 }
@@ -30,7 +57,7 @@ pub struct RmsNorm<'a, 'b> {
 
 impl Work for RmsNorm<'_, '_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<M: Math>(self) {
         rms_norm(self.x, self.gamma, self.eps, self.row);
         self.out.store(self.row);
     }
@@ -46,7 +73,7 @@ pub struct SwiGlu<'a, 'b> {
 
 impl Work for SwiGlu<'_, '_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<M: Math>(self) {
         self.gate_up.load(self.row);
         swiglu(self.row, self.y);
         self.out.store(self.y);
@@ -62,7 +89,8 @@ pub const LANES: usize = 16;
 pub fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 x 2^23: adding and subtracting it rounds to a whole number
     let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + MAGIC) - MAGIC;
+    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
     // ln 2 in two parts, the first of few bits, so that its product with n is exact.
     let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
@@ -70,13 +98,17 @@ pub fn exp(x: f32) -> f32 {
         p = p * r + c;
     }
     let p = (p * r * r + r) + 1.0;
-    p * f32::from_bits((((n as i32) + 127) as u32) << 23)
+    // n is in the lowest bits of `shifted` too.
+    p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 
 /// Scores to weights that sum to `total`.
 #[inline(always)]
 pub fn softmax(scores: &mut [f32], total: f32) {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut max = f32::NEG_INFINITY;
+    for &score in &*scores {
+        max = if score > max { score } else { max };
+    }
     let mut sums = [0f64; LANES];
     let (whole, rest) = scores.as_chunks_mut::<LANES>();
     for scores in whole {
@@ -90,7 +122,9 @@ pub fn softmax(scores: &mut [f32], total: f32) {
         *sum += f64::from(*score);
     }
     let factor = (f64::from(total) / sums.iter().sum::<f64>()) as f32;
-    scores.iter_mut().for_each(|weight| *weight *= factor);
+    for weight in scores {
+        *weight *= factor;
+    }
 }
 
 #[inline(always)]
