@@ -64,28 +64,71 @@ struct Scratch {
     page: Vec<f32>,
     /// `[page_tokens / 16, dim, 16]`: the same on its side.
     turned: Vec<[f32; LANES]>,
-    /// `[dim]`: a page's share of the values.
-    partial: Vec<f32>,
     /// `[rows, group, dim]`: the values.
     sums: Vec<f64>,
 }
 
-/// The products of a query with 16 keys on their side: eight elements at a time in f32, and these sums in f64.
+/// Queries that are computed side by side, each value of a page being read once for them.
+const QUERIES: usize = 4;
+
+/// The products of `queries[Q, dim]` with 16 keys on their side: eight elements at a time in f32, and these sums in f64.
 #[inline(always)]
-fn dots<M: Math>(query: &[f32], keys: &[[f32; LANES]]) -> [f64; LANES] {
-    let mut sums = [0f64; LANES];
-    for (query, keys) in query.chunks(8).zip(keys.chunks(8)) {
-        let mut part = [0f32; LANES];
-        for (&q, keys) in query.iter().zip(keys) {
-            for lane in 0..LANES {
-                part[lane] = M::mul_add(q, keys[lane], part[lane]);
+fn dots<M: Math, const Q: usize>(math: M, queries: &[f32], keys: &[[f32; LANES]]) -> [[f64; LANES]; Q] {
+    let queries: [&[f32]; Q] = std::array::from_fn(|q| &queries[q * keys.len()..][..keys.len()]);
+    let mut sums = [[0f64; LANES]; Q];
+    for first in (0..keys.len()).step_by(8) {
+        let mut parts = [math.splat(0.0); Q];
+        for i in first..keys.len().min(first + 8) {
+            let keys = math.load(&keys[i]);
+            for q in 0..Q {
+                parts[q] = math.mul_add(math.splat(queries[q][i]), keys, parts[q]);
             }
         }
-        for lane in 0..LANES {
-            sums[lane] += f64::from(part[lane]);
+        for q in 0..Q {
+            add(&mut sums[q], math.store(parts[q]));
         }
     }
     sums
+}
+
+/// `sums[Q, dim] += weights[Q, tokens] . values[tokens, dim]`: within a page in f32, page to page in f64, so that the
+/// error does not grow with the context.
+#[inline(always)]
+fn weigh<M: Math, const Q: usize>(math: M, weights: [&[f32]; Q], values: &[f32], dim: usize, sums: &mut [f64]) {
+    let tokens = values.len() / dim;
+    let weights = weights.map(|weights| &weights[..tokens]);
+    for first in (0..dim).step_by(LANES) {
+        let width = LANES.min(dim - first);
+        let mut parts = [math.splat(0.0); Q];
+        for token in 0..tokens {
+            let row = &values[token * dim + first..][..width];
+            let value = match row.first_chunk() {
+                Some(whole) => math.load(whole),
+                None => math.load(&std::array::from_fn(|i| row.get(i).copied().unwrap_or_default())),
+            };
+            for q in 0..Q {
+                parts[q] = math.mul_add(math.splat(weights[q][token]), value, parts[q]);
+            }
+        }
+        for q in 0..Q {
+            let sums = &mut sums[q * dim + first..][..width];
+            match sums.first_chunk_mut() {
+                Some(whole) => add(whole, math.store(parts[q])),
+                None => {
+                    for (sum, part) in sums.iter_mut().zip(math.store(parts[q])) {
+                        *sum += f64::from(part);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add(sums: &mut [f64; LANES], parts: [f32; LANES]) {
+    for lane in 0..LANES {
+        sums[lane] += f64::from(parts[lane]);
+    }
 }
 
 /// A task with what it needs.
@@ -98,12 +141,12 @@ struct Running<'a> {
     kv: KvIn<'a>,
 }
 
-impl Work for Running<'_> {
+impl<'a> Work for Running<'a> {
     #[inline(always)]
-    fn run<M: Math>(self) {
+    fn run(self, math: impl Math) {
         let Running { task, scratch, q, rows, heads, kv } = self;
         let (dim, group) = (heads.dim, heads.q / heads.kv);
-        let Scratch { q: queries, weights, page, turned, partial, sums } = scratch;
+        let Scratch { q: queries, weights, page, turned, sums } = scratch;
         let longest = task.position + task.outs.len();
         let stride = longest.next_multiple_of(LANES);
         queries.resize(task.outs.len() * group * dim, 0.0);
@@ -115,20 +158,35 @@ impl Work for Running<'_> {
         turned.resize(kv.page_tokens.div_ceil(LANES) * dim, [0.0; LANES]);
         let factor = f64::from(kv.scales.0) / (dim as f64).sqrt();
         let pages = || (0..longest).step_by(kv.page_tokens);
-        let load = |cache: Slice, first: usize, page: &mut [f32]| {
+        let cached = |cache: Slice<'a>, first: usize| {
             let start = rows.kv_row(task.seq, first, heads, task.head, kv.page_tokens) * dim;
-            let count = kv.page_tokens.min(longest - first);
-            cache.range(start, count * dim).load(&mut page[..count * dim]);
-            count
+            cache.range(start, kv.page_tokens.min(longest - first) * dim)
         };
         for first in pages() {
-            let count = load(kv.k, first, page);
+            let keys = cached(kv.k, first);
+            let count = keys.len() / dim;
+            keys.load(&mut page[..count * dim]);
             turn(&page[..count * dim], dim, turned);
-            for (query, weights) in queries.chunks_exact(dim).zip(weights.chunks_exact_mut(stride)) {
+            for (queries, weights) in queries.chunks(QUERIES * dim).zip(weights.chunks_mut(QUERIES * stride)) {
                 for (keys, token) in turned.chunks_exact(dim).zip((0..count).step_by(LANES)) {
-                    let scores = dots::<M>(query, keys).map(|dot| (dot * factor) as f32);
                     let n = LANES.min(count - token);
-                    weights[first + token..][..n].copy_from_slice(&scores[..n]);
+                    let mut store = |query: usize, dots: [f64; LANES]| {
+                        let weights = &mut weights[query * stride + first + token..][..n];
+                        for (weight, dot) in weights.iter_mut().zip(dots) {
+                            *weight = (dot * factor) as f32;
+                        }
+                    };
+                    if queries.len() == QUERIES * dim {
+                        let dots = dots::<_, QUERIES>(math, queries, keys);
+                        for (query, dots) in dots.into_iter().enumerate() {
+                            store(query, dots);
+                        }
+                    } else {
+                        for (query, row) in queries.chunks_exact(dim).enumerate() {
+                            let [dots] = dots::<_, 1>(math, row, keys);
+                            store(query, dots);
+                        }
+                    }
                 }
             }
         }
@@ -141,22 +199,22 @@ impl Work for Running<'_> {
         let mut outs = task.outs;
         sums.clear();
         sums.resize(outs.len() * group * dim, 0.0);
-        partial.resize(dim, 0.0);
         for first in pages() {
-            let count = load(kv.v, first, page);
+            let values = cached(kv.v, first);
+            let count = values.len() / dim;
+            values.load(&mut page[..count * dim]);
             let rows = sums.chunks_exact_mut(group * dim).zip(weights.chunks_exact(group * stride));
             for (i, (sums, weights)) in rows.enumerate() {
                 let count = count.min((task.position + i + 1).saturating_sub(first));
-                for (sums, weights) in sums.chunks_exact_mut(dim).zip(weights.chunks_exact(stride)) {
-                    // Within a page in f32, page to page in f64: the error does not grow with the context.
-                    partial.fill(0.0);
-                    for (&weight, value) in weights[first..first + count].iter().zip(page.chunks_exact(dim)) {
-                        for (sum, &v) in partial.iter_mut().zip(value) {
-                            *sum = M::mul_add(weight, v, *sum);
+                let (values, here) = (&page[..count * dim], first..first + count);
+                for (sums, weights) in sums.chunks_mut(QUERIES * dim).zip(weights.chunks(QUERIES * stride)) {
+                    if sums.len() == QUERIES * dim {
+                        let weights = std::array::from_fn(|q| &weights[q * stride..][here.clone()]);
+                        weigh::<_, QUERIES>(math, weights, values, dim, sums);
+                    } else {
+                        for (sums, weights) in sums.chunks_exact_mut(dim).zip(weights.chunks_exact(stride)) {
+                            weigh::<_, 1>(math, [&weights[here.clone()]], values, dim, sums);
                         }
-                    }
-                    for (sum, &part) in sums.iter_mut().zip(&*partial) {
-                        *sum += f64::from(part);
                     }
                 }
             }

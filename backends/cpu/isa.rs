@@ -1,7 +1,7 @@
 //! Which instructions the cpu backend uses: what the machine has, or what the user forces.
 
 use super::portable::Portable;
-use super::vector::{Plain, Work};
+use super::vector::Work;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2::Avx2, avx512::Avx512, simd};
 use quaver_core::{Error, Result};
@@ -50,7 +50,7 @@ impl Isa {
             Isa::Avx512(wide) => simd::run_avx512(wide, work),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(narrow) => simd::run_avx2(narrow, work),
-            Isa::Portable(_) => work.run::<Plain>(),
+            Isa::Portable(portable) => work.run(portable),
         }
     }
 

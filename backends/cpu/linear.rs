@@ -197,7 +197,7 @@ struct Scaled<'a, 'b> {
 
 impl Work for Scaled<'_, '_> {
     #[inline(always)]
-    fn run<M: Math>(self) {
+    fn run(self, _: impl Math) {
         let Scaled { x, w, products, add, out } = self;
         match w {
             Some(w) => {

@@ -2,18 +2,20 @@
 //! has. Each takes the proof that this one has them.
 #![allow(unsafe_code)]
 
+use std::arch::x86_64::*;
+
+use bytemuck::cast;
 use half::bf16;
 use quaver_core::host::slices::Slice;
 
 use super::avx2::{self, Avx2};
 use super::avx512::{self, Avx512};
 use super::linear::{CHANNELS, Line};
-use super::vector::{Fused, Work};
+use super::vector::{LANES, Math, Work};
 
 /// Asks for the cache line of a byte, where there is such a byte.
 #[inline(always)]
 pub fn prefetch(bytes: &[u8], at: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     if let Some(byte) = bytes.get(at) {
         // SAFETY: a prefetch reads nothing; the address is that of a byte that is there.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) }
@@ -56,22 +58,74 @@ pub fn tile_f32(_: Avx2, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
     unsafe { avx2::tile(x, w, sums) }
 }
 
+impl Math for Avx512 {
+    type Lanes = __m512;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: an `Avx512` exists only where its features were detected.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> __m512 {
+        cast(*x)
+    }
+
+    #[inline(always)]
+    fn store(self, x: __m512) -> [f32; LANES] {
+        cast(x)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: an `Avx512` exists only where its features were detected.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+}
+
+impl Math for Avx2 {
+    type Lanes = [__m256; 2];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [__m256; 2] {
+        // SAFETY: an `Avx2` exists only where its features were detected.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> [__m256; 2] {
+        cast(*x)
+    }
+
+    #[inline(always)]
+    fn store(self, x: [__m256; 2]) -> [f32; LANES] {
+        cast(x)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: an `Avx2` exists only where its features were detected.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+}
+
 /// Computes something with the vector instructions of AVX-512.
-pub fn run_avx512(_: Avx512, work: impl Work) {
+pub fn run_avx512(isa: Avx512, work: impl Work) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-    fn run(work: impl Work) {
-        work.run::<Fused>();
+    fn run(isa: Avx512, work: impl Work) {
+        work.run(isa);
     }
     // SAFETY: an `Avx512` exists only where these features were detected.
-    unsafe { run(work) }
+    unsafe { run(isa, work) }
 }
 
 /// Computes something with the vector instructions of AVX2.
-pub fn run_avx2(_: Avx2, work: impl Work) {
+pub fn run_avx2(isa: Avx2, work: impl Work) {
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn run(work: impl Work) {
-        work.run::<Fused>();
+    fn run(isa: Avx2, work: impl Work) {
+        work.run(isa);
     }
     // SAFETY: an `Avx2` exists only where these features were detected.
-    unsafe { run(work) }
+    unsafe { run(isa, work) }
 }

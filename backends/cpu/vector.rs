@@ -4,35 +4,55 @@
 
 use quaver_core::host::slices::{RowOut, Slice};
 
+use super::portable::Portable;
+
 /// Something to compute with an instruction set. A trait, because a closure cannot be told to be inlined always.
 pub trait Work {
     /// Computes it; implementations are `#[inline(always)]`.
-    fn run<M: Math>(self);
+    fn run(self, math: impl Math);
 }
 
-/// What instruction sets differ in.
-pub trait Math {
+/// Sixteen f32 in registers, for loops that the compiler does not keep there by itself.
+pub trait Math: Copy {
+    /// The registers.
+    type Lanes: Copy;
+
+    /// The same number in every lane.
+    fn splat(self, x: f32) -> Self::Lanes;
+
+    /// From memory.
+    fn load(self, x: &[f32; LANES]) -> Self::Lanes;
+
+    /// To memory.
+    fn store(self, x: Self::Lanes) -> [f32; LANES];
+
     /// `a * b + c`, fused where there is an instruction for it.
-    fn mul_add(a: f32, b: f32, c: f32) -> f32;
+    fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
 }
 
-/// Instruction sets that multiply and add at once.
-pub struct Fused;
+impl Math for Portable {
+    type Lanes = [f32; LANES];
 
-impl Math for Fused {
     #[inline(always)]
-    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
+    fn splat(self, x: f32) -> [f32; LANES] {
+        [x; LANES]
     }
-}
 
-/// Those that may not.
-pub struct Plain;
-
-impl Math for Plain {
     #[inline(always)]
-    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-        if cfg!(target_arch = "aarch64") { a.mul_add(b, c) } else { a * b + c }
+    fn load(self, x: &[f32; LANES]) -> [f32; LANES] {
+        *x
+    }
+
+    #[inline(always)]
+    fn store(self, x: [f32; LANES]) -> [f32; LANES] {
+        x
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(
+            |i| if cfg!(target_arch = "aarch64") { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] },
+        )
     }
 }
 
@@ -41,7 +61,7 @@ pub struct Store<'a, 'b>(pub &'a mut RowOut<'b>, pub &'a [f32]);
 
 impl Work for Store<'_, '_> {
     #[inline(always)]
-    fn run<M: Math>(self) {
+    fn run(self, _: impl Math) {
         self.0.store(self.1);
     }
 }
@@ -57,7 +77,7 @@ pub struct RmsNorm<'a, 'b> {
 
 impl Work for RmsNorm<'_, '_> {
     #[inline(always)]
-    fn run<M: Math>(self) {
+    fn run(self, _: impl Math) {
         rms_norm(self.x, self.gamma, self.eps, self.row);
         self.out.store(self.row);
     }
@@ -73,14 +93,14 @@ pub struct SwiGlu<'a, 'b> {
 
 impl Work for SwiGlu<'_, '_> {
     #[inline(always)]
-    fn run<M: Math>(self) {
+    fn run(self, _: impl Math) {
         self.gate_up.load(self.row);
         swiglu(self.row, self.y);
         self.out.store(self.y);
     }
 }
 
-/// Tokens whose scores are computed side by side.
+/// Numbers that are computed side by side.
 pub const LANES: usize = 16;
 
 /// e^x within two units of the last place, by Cody and Waite's reduction and the polynomial of Cephes' `expf`.
@@ -105,12 +125,16 @@ pub fn exp(x: f32) -> f32 {
 /// Scores to weights that sum to `total`.
 #[inline(always)]
 pub fn softmax(scores: &mut [f32], total: f32) {
-    let mut max = f32::NEG_INFINITY;
-    for &score in &*scores {
-        max = if score > max { score } else { max };
-    }
-    let mut sums = [0f64; LANES];
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
     let (whole, rest) = scores.as_chunks_mut::<LANES>();
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for scores in &*whole {
+        for lane in 0..LANES {
+            most[lane] = larger(scores[lane], most[lane]);
+        }
+    }
+    let max = most.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, larger);
+    let mut sums = [0f64; LANES];
     for scores in whole {
         for (score, sum) in scores.iter_mut().zip(&mut sums) {
             *score = exp(*score - max);
