@@ -73,16 +73,7 @@ impl fmt::Display for Spec {
 
 /// Opens a device. What was chosen, and why, is one line in the log.
 pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
-    let devices = devices();
-    let kind = match (spec.kind, devices.first()) {
-        (Kind::Auto, Some(best)) => best.kind,
-        (kind, _) => kind,
-    };
-    let count = devices.iter().filter(|device| device.kind == kind).count();
-    if spec.device >= count.max(1) {
-        let why = format!("there is no device {}; this machine has {count} (see `quaver devices`)", spec.device);
-        return Err(Error::device(kind.name(), why));
-    }
+    let kind = choose(spec)?;
     let backend: Box<dyn Backend> = match kind {
         Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads, spec.variant.as_deref())?),
         Kind::Reference if spec.variant.is_some() => {
@@ -93,6 +84,42 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();
     log::info!("backend {name}: {device} ({driver}), asked for {}", spec.kind);
     Ok(backend)
+}
+
+/// The backend that a spec comes to on this machine.
+fn choose(spec: &Spec) -> Result<Kind> {
+    let devices = devices();
+    let kind = match (spec.kind, devices.first()) {
+        (Kind::Auto, Some(best)) => best.kind,
+        (kind, _) => kind,
+    };
+    let count = devices.iter().filter(|device| device.kind == kind).count();
+    if spec.device >= count.max(1) {
+        let why = format!("there is no device {}; this machine has {count} (see `quaver devices`)", spec.device);
+        return Err(Error::device(kind.name(), why));
+    }
+    Ok(kind)
+}
+
+/// What a device can do at best, measured on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Peaks {
+    /// Threads of the processor that took part.
+    pub threads: usize,
+    /// Bytes a second that are read from memory.
+    pub bandwidth: f64,
+    /// Operations a second of the instruction that the device's kernels multiply FP8 with; a product that is added to a
+    /// sum is two.
+    pub flops: f64,
+}
+
+/// Measures what the device that [`open`] would open can do at best. Takes about a second and 512 MiB of memory.
+pub fn peaks(spec: &Spec) -> Result<Peaks> {
+    match choose(spec)? {
+        Kind::Auto | Kind::Cpu => cpu::peaks(spec.threads, spec.variant.as_deref()),
+        // One thread, and no instruction that not every machine has.
+        Kind::Reference => cpu::peaks(Some(1), Some("portable")),
+    }
 }
 
 /// A device of this machine.

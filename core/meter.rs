@@ -85,7 +85,9 @@ impl Meter {
         let words = |buf: Buf| self.written[&buf].chunks_exact(4).map(pod_read_unaligned::<u32>);
         let live: Vec<u64> = words(recorded.live).map(u64::from).collect();
         let spans: Vec<u32> = recorded.spans.map(|spans| words(spans).collect()).unwrap_or_default();
-        Work { rows: live[0], wanted: live[1], spans: spans.as_chunks::<4>().0[..live[2] as usize].to_vec() }
+        // A program without attention, such as the head alone, names no spans.
+        let spans = spans.as_chunks::<4>().0.iter().take(live[2] as usize).copied().collect();
+        Work { rows: live[0], wanted: live[1], spans }
     }
 }
 
@@ -190,7 +192,7 @@ mod tests {
         let op = Op::Linear { x: Act::Real(x), w: Weight::Real(w), out: Cols { buf: y, first: 0 }, add: false };
         program.push("model.layers.7.mlp.down_proj", op);
         let plan = meter.record(&program).unwrap();
-        meter.write(live, 0, bytemuck::cast_slice(&[2u32, 0, 0])).unwrap();
+        meter.write(live, 0, bytemuck::cast_slice(&[2u32, 0, 1])).unwrap();
         meter.write(x, 0, bytemuck::cast_slice(&[1f32, 2.0, 3.0, 4.0])).unwrap();
         let step = meter.run(plan).unwrap();
         let mut out = vec![0; 24];

@@ -12,6 +12,7 @@
 //! # Ok::<(), quaver::Error>(())
 //! ```
 
+pub mod bench;
 mod hub;
 pub mod llm;
 mod model;
@@ -25,3 +26,6 @@ pub use quaver_backends as backends;
 pub use quaver_core as core;
 pub use quaver_core::sampler::SamplingParams;
 pub use quaver_core::{Error, Result};
+
+/// The commit that this was built from: twelve digits, and `-dirty` where the sources differ from it; or `unknown`.
+pub const COMMIT: &str = env!("QUAVER_COMMIT");

@@ -9,6 +9,7 @@ mod avx512;
 pub mod isa;
 mod linear;
 mod machine;
+mod peaks;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod simd;
@@ -28,6 +29,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::isa::Isa;
 use self::linear::Linear;
+pub use self::machine::processor;
+use crate::Peaks;
 
 /// The cpu backend.
 pub type Cpu = HostBackend<CpuKernels>;
@@ -55,6 +58,12 @@ fn kernels(threads: Option<usize>, isa: Isa) -> Result<CpuKernels> {
     Ok(CpuKernels { isa, pool: Arc::new(pool), linear: Vec::new(), attended: Vec::new() })
 }
 
+/// What the threads can do at best with an instruction set, by their names as [`open`] takes them. Takes about a second.
+pub fn peaks(threads: Option<usize>, isa: Option<&str>) -> Result<Peaks> {
+    let CpuKernels { isa, pool, .. } = kernels(threads, Isa::find(isa)?)?;
+    Ok(peaks::measure(&pool, isa))
+}
+
 /// One thread a core that this process may use.
 pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
@@ -64,7 +73,7 @@ pub fn default_threads() -> usize {
 pub fn describe(threads: usize, isa: Isa) -> DeviceInfo {
     DeviceInfo {
         backend: "cpu",
-        name: format!("{}, {threads} thread{}", machine::processor(), if threads == 1 { "" } else { "s" }),
+        name: format!("{}, {threads} thread{}", processor(), if threads == 1 { "" } else { "s" }),
         driver: isa.name().into(),
         memory: machine::memory(),
         native_fp8: false,

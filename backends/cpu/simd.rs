@@ -11,6 +11,7 @@ use quaver_core::host::slices::Slice;
 use super::avx2::{self, Avx2};
 use super::avx512::{self, Avx512};
 use super::linear::{CHANNELS, Line};
+use super::peaks::x86;
 use super::vector::{LANES, Math, Work};
 
 /// Asks for the cache line of a byte, where there is such a byte.
@@ -56,6 +57,18 @@ pub fn row_f32(_: Avx2, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
 pub fn tile_f32(_: Avx2, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
     // SAFETY: an `Avx2` exists only where its features were detected.
     unsafe { avx2::tile(x, w, sums) }
+}
+
+/// [`x86::products_bf16`].
+pub fn products_bf16(_: Avx512, rounds: usize) -> f64 {
+    // SAFETY: an `Avx512` exists only where its features were detected.
+    unsafe { x86::products_bf16(rounds) }
+}
+
+/// [`x86::products_f32`].
+pub fn products_f32(_: Avx2, rounds: usize) -> f64 {
+    // SAFETY: an `Avx2` exists only where its features were detected.
+    unsafe { x86::products_f32(rounds) }
 }
 
 impl Math for Avx512 {

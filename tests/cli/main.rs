@@ -5,6 +5,7 @@ mod support;
 
 mod bad_models;
 mod bad_requests;
+mod bench;
 mod chat;
 mod generate;
 mod hub;

@@ -1,6 +1,7 @@
 //! The commands: parsed arguments become options of the library, one file a command. Results go to stdout, everything
 //! else to stderr; exit codes are 0 done, 1 failure, 2 usage.
 
+mod bench;
 mod chat;
 mod devices;
 mod flags;
@@ -16,8 +17,11 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+/// For instance `0.1.0 (0123456789ab)`.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("QUAVER_COMMIT"), ")");
+
 #[derive(Parser)]
-#[command(name = "quaver", version, about = "Runs FP8 language models", max_term_width = 100)]
+#[command(name = "quaver", version = VERSION, about = "Runs FP8 language models", max_term_width = 100)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -37,6 +41,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Show what this machine offers.
     Devices(devices::Args),
+    /// Measure a model's speed, beside what the machine can do.
+    Bench(bench::Args),
     /// Make a checkpoint with random weights, for benchmarks and tests.
     Synth(synth::Args),
 }
@@ -69,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Devices(args) => devices::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Synth(args) => synth::run(args),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else { return ExitCode::SUCCESS };

@@ -1,0 +1,333 @@
+//! What a benchmark found: medians, what was counted, and the floors that both are held against.
+
+use std::path::Path;
+use std::time::Duration;
+
+use quaver_backends::Peaks;
+use quaver_core::checkpoint::{Activations, Checkpoint, WeightStrategy};
+use quaver_core::cost::Cost;
+use quaver_core::llama::Profile;
+use quaver_core::op::{DType, DeviceInfo};
+
+use super::case::{Case, Measured, Run};
+
+/// A model on a machine.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its folder as it was given, its Hugging Face id, or `quaver-demo`.
+    pub model: String,
+    /// How its weights are kept, such as `fp8-channel`, and what differs from the usual profile and KV cache.
+    pub scheme: String,
+    /// What it ran on.
+    pub device: DeviceInfo,
+    /// What that can do at best.
+    pub machine: Machine,
+    /// Opening the device and loading the weights; their files were read just before.
+    pub load_ms: f64,
+    /// Bytes of memory.
+    pub memory: Memory,
+    /// In the order in which they were asked for.
+    pub cases: Vec<CaseReport>,
+}
+
+/// What a device can do at best, measured several times.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine {
+    /// Threads of the processor that took part.
+    pub threads: usize,
+    /// Bytes a second; what counts is the greatest.
+    pub bandwidth: Spread,
+    /// Operations a second; what counts is the greatest.
+    pub flops: Spread,
+}
+
+impl Machine {
+    /// Of at least one measurement.
+    pub fn new<const N: usize>(measured: [Peaks; N]) -> Self {
+        Machine {
+            threads: measured[0].threads,
+            bandwidth: Spread::new(measured.map(|peaks| peaks.bandwidth)),
+            flops: Spread::new(measured.map(|peaks| peaks.flops)),
+        }
+    }
+}
+
+/// Bytes of memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// The weights with their scales.
+    pub weights: u64,
+    /// The KV cache, all of it.
+    pub kv_cache: u64,
+    /// What the process held at most, behind the last case; None where the system does not say.
+    pub peak: Option<u64>,
+}
+
+impl Memory {
+    /// The peak over what the weights and the cache take.
+    pub fn ratio(&self) -> Option<f64> {
+        self.peak.map(|peak| peak as f64 / (self.weights + self.kv_cache) as f64)
+    }
+}
+
+/// One case.
+#[derive(Clone, Debug)]
+pub struct CaseReport {
+    /// What was run.
+    pub case: Case,
+    /// From the submission of all prompts to the last first token.
+    pub prefill: Phase,
+    /// The steps in which every sequence got a token.
+    pub decode: Phase,
+    /// From the submission to a sequence's first token.
+    pub ttft_ms: Spread,
+}
+
+/// Prefill or decoding.
+#[derive(Clone, Debug)]
+pub struct Phase {
+    /// Of a run.
+    pub tokens: usize,
+    /// Of a run.
+    pub seconds: Spread,
+    /// Tokens over seconds.
+    pub tokens_per_s: Spread,
+    /// What was counted in a run.
+    pub cost: Cost,
+    /// What the machine needs for that.
+    pub floor: Floor,
+    /// Op by op, the longest first, in a run of its own; empty unless asked for.
+    pub ops: Vec<OpReport>,
+}
+
+/// What the runs of an op took in one phase, those of all layers together.
+#[derive(Clone, Debug)]
+pub struct OpReport {
+    /// Op and place, such as `linear mlp.down_proj`.
+    pub place: String,
+    /// Of all runs.
+    pub seconds: f64,
+    /// What was counted in them.
+    pub cost: Cost,
+    /// What the machine needs for that.
+    pub floor: Floor,
+}
+
+/// Seconds that the machine needs at least.
+#[derive(Clone, Copy, Debug)]
+pub struct Floor {
+    /// For the bytes, at its bandwidth.
+    pub bytes: f64,
+    /// For the operations, at its rate.
+    pub flops: f64,
+}
+
+impl Floor {
+    fn new(cost: Cost, machine: &Machine) -> Self {
+        Floor { bytes: cost.bytes as f64 / machine.bandwidth.max, flops: cost.flops as f64 / machine.flops.max }
+    }
+
+    /// The greater of the two.
+    pub fn seconds(&self) -> f64 {
+        self.bytes.max(self.flops)
+    }
+}
+
+/// Of several runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Spread {
+    /// The middle one, or the mean of the middle two.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The greatest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of at least one value.
+    fn new(values: impl IntoIterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.into_iter().collect();
+        values.sort_by(f64::total_cmp);
+        let (n, last) = (values.len(), values.len() - 1);
+        Spread { median: (values[last / 2] + values[n / 2]) / 2.0, min: values[0], max: values[last] }
+    }
+}
+
+/// What the runs of a case took, before it is known what the machine can do.
+pub struct CaseRuns {
+    pub case: Case,
+    /// At least one.
+    pub runs: Vec<Run>,
+    /// The run whose ops were timed.
+    pub timed: Option<Run>,
+}
+
+impl CaseRuns {
+    pub fn report(self, machine: &Machine) -> CaseReport {
+        let phase = |of: fn(&Run) -> &Measured| {
+            let runs: Vec<&Measured> = self.runs.iter().map(of).collect();
+            // Every run has the same tokens, and so the same cost.
+            let (tokens, cost) = (runs[0].tokens, runs[0].totals.cost);
+            let seconds = Spread::new(runs.iter().map(|run| run.time.as_secs_f64()));
+            let tokens_per_s = Spread::new(runs.iter().map(|run| tokens as f64 / run.time.as_secs_f64()));
+            let ops = self.timed.as_ref().map(|run| ops(of(run), machine)).unwrap_or_default();
+            Phase { tokens, seconds, tokens_per_s, cost, floor: Floor::new(cost, machine), ops }
+        };
+        let ms = |time: &Duration| time.as_secs_f64() * 1e3;
+        CaseReport {
+            case: self.case,
+            prefill: phase(|run| &run.prefill),
+            decode: phase(|run| &run.decode),
+            ttft_ms: Spread::new(self.runs.iter().flat_map(|run| &run.first_tokens).map(ms)),
+        }
+    }
+}
+
+fn ops(measured: &Measured, machine: &Machine) -> Vec<OpReport> {
+    let report = |(place, total): (&String, &quaver_core::meter::OpTotal)| OpReport {
+        place: place.clone(),
+        seconds: total.time.as_secs_f64(),
+        cost: total.cost,
+        floor: Floor::new(total.cost, machine),
+    };
+    let mut ops: Vec<OpReport> = measured.totals.ops.iter().map(report).collect();
+    ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    ops
+}
+
+impl Phase {
+    /// The floor over the median time: 1 would be all that the machine can do.
+    pub fn share_of_floor(&self) -> f64 {
+        self.floor.seconds() / self.seconds.median
+    }
+
+    /// Bytes a second over the bandwidth.
+    pub fn share_of_bandwidth(&self) -> f64 {
+        self.floor.bytes / self.seconds.median
+    }
+
+    /// Operations a second over the rate.
+    pub fn share_of_arithmetic(&self) -> f64 {
+        self.floor.flops / self.seconds.median
+    }
+
+    /// Bytes over tokens.
+    pub fn bytes_per_token(&self) -> f64 {
+        self.cost.bytes as f64 / self.tokens as f64
+    }
+}
+
+/// A number of a report, as it is kept and compared.
+#[derive(Clone, Debug)]
+pub struct Figure {
+    /// What was run, such as `decode b1 p128 g64`; `machine` and `model` where it is of no case.
+    pub case: String,
+    /// Its name.
+    pub name: &'static str,
+    /// What it is counted in.
+    pub unit: &'static str,
+    /// The number: a median where there were several runs, the best of what the machine can do.
+    pub value: f64,
+    /// Of the runs, where there were several.
+    pub spread: Option<Spread>,
+    /// The phase whose speed it is.
+    pub phase: Option<Phase>,
+}
+
+impl Report {
+    /// All figures, in the order in which they are shown.
+    pub fn figures(&self) -> Vec<Figure> {
+        let plain = |case: &str, name, unit, value| Figure {
+            case: case.to_owned(),
+            name,
+            unit,
+            value,
+            spread: None,
+            phase: None,
+        };
+        let peak = |name, unit, Spread { median, min, max }: Spread| {
+            let [median, min, max] = [median, min, max].map(|a_second| a_second / 1e9);
+            Figure { spread: Some(Spread { median, min, max }), ..plain("machine", name, unit, max) }
+        };
+        let mut figures = vec![
+            peak("bandwidth", "GB/s", self.machine.bandwidth),
+            peak("arithmetic", "GFLOP/s", self.machine.flops),
+            plain("model", "load", "ms", self.load_ms),
+            plain("model", "weights", "bytes", self.memory.weights as f64),
+            plain("model", "kv_cache", "bytes", self.memory.kv_cache as f64),
+        ];
+        figures.extend(self.memory.peak.map(|peak| plain("model", "peak_memory", "bytes", peak as f64)));
+        for CaseReport { case, prefill, decode, ttft_ms } in &self.cases {
+            let speed = |name: &str, phase: &Phase| Figure {
+                spread: Some(phase.tokens_per_s),
+                phase: Some(phase.clone()),
+                ..plain(name, "speed", "tokens/s", phase.tokens_per_s.median)
+            };
+            let (first, then) = (format!("prefill {case}"), format!("decode {case} g{}", case.gen_tokens));
+            figures.push(speed(&first, prefill));
+            figures.push(Figure { spread: Some(*ttft_ms), ..plain(&first, "first_token", "ms", ttft_ms.median) });
+            figures.push(speed(&then, decode));
+            figures.push(plain(&then, "read", "bytes/token", decode.bytes_per_token()));
+        }
+        figures
+    }
+
+    /// The model without the folders above it, and how it is kept.
+    pub fn short_model(&self) -> String {
+        let path = Path::new(&self.model);
+        let name = path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        format!("{} {}", name.unwrap_or_else(|| self.model.clone()), self.scheme)
+    }
+
+    /// The processor, and how many threads of it took part.
+    pub fn machine_name(&self) -> String {
+        format!("{}, {} threads", quaver_backends::cpu::processor(), self.machine.threads)
+    }
+}
+
+/// How a model is kept: `fp8`, `fp8-channel`, `fp8-dynamic` as `quaver synth` names them, or the dtype of its tensors;
+/// behind it a profile and a KV cache other than the usual ones.
+pub fn scheme(checkpoint: &Checkpoint, profile: Profile, kv: DType) -> String {
+    let linear = checkpoint.quantization().and_then(|q| q.targets().find_map(|(_, scheme)| scheme));
+    let mut name = match linear.map(|linear| (linear.weights, linear.activations)) {
+        None => checkpoint.tensors().next().map(|tensor| tensor.dtype.to_string().to_lowercase()).unwrap_or_default(),
+        Some((WeightStrategy::Tensor, Activations::Static)) => "fp8".into(),
+        Some((WeightStrategy::Channel, Activations::Static)) => "fp8-channel".into(),
+        Some((WeightStrategy::Channel, Activations::Dynamic)) => "fp8-dynamic".into(),
+        Some((WeightStrategy::Tensor, Activations::Dynamic)) => "fp8-tensor-dynamic".into(),
+        Some((WeightStrategy::Tensor, Activations::None)) => "fp8-tensor-weights".into(),
+        Some((WeightStrategy::Channel, Activations::None)) => "fp8-channel-weights".into(),
+    };
+    if profile == Profile::Exact {
+        name += " exact";
+    }
+    if kv == DType::E4m3 {
+        name += " kv-fp8";
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_is_the_middle_run_or_the_mean_of_the_middle_two() {
+        let of = |values: &[f64]| {
+            let Spread { median, min, max } = Spread::new(values.iter().copied());
+            [median, min, max]
+        };
+        assert_eq!(of(&[7.0]), [7.0; 3]);
+        assert_eq!(of(&[9.0, 1.0, 2.0]), [2.0, 1.0, 9.0]);
+        assert_eq!(of(&[4.0, 1.0, 2.0, 9.0]), [3.0, 1.0, 9.0]);
+    }
+
+    #[test]
+    fn a_floor_is_whichever_of_memory_and_arithmetic_takes_longer() {
+        let peaks = |bandwidth, flops| Peaks { threads: 1, bandwidth, flops };
+        let machine = Machine::new([peaks(10.0, 90.0), peaks(9.0, 100.0)]);
+        assert_eq!(Floor::new(Cost { bytes: 20, flops: 100 }, &machine).seconds(), 2.0);
+        assert_eq!(Floor::new(Cost { bytes: 20, flops: 300 }, &machine).seconds(), 3.0);
+    }
+}
