@@ -63,10 +63,7 @@ pub fn run(args: Args) -> Result<()> {
     let style = ProgressStyle::with_template("{msg} ({elapsed})").expect("the template is sound");
     let bar = ProgressBar::no_length().with_style(style);
     let model = args.name.as_deref().or(args.model.name());
-    let report = bench::run(model, &options, |what| {
-        bar.set_message(what.to_owned());
-        bar.tick();
-    });
+    let report = bench::run(model, &options, |what| bar.set_message(what.to_owned()));
     bar.finish_and_clear();
     let report = report?;
     let mut out = io::stdout().lock();
