@@ -30,6 +30,12 @@ pub trait Math: Copy {
     fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
 }
 
+/// `a * b + c`, fused where every machine of the architecture can.
+#[inline(always)]
+pub fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(target_arch = "aarch64") { a.mul_add(b, c) } else { a * b + c }
+}
+
 impl Math for Portable {
     type Lanes = [f32; LANES];
 
@@ -50,9 +56,7 @@ impl Math for Portable {
 
     #[inline(always)]
     fn mul_add(self, a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
-        std::array::from_fn(
-            |i| if cfg!(target_arch = "aarch64") { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] },
-        )
+        std::array::from_fn(|i| mul_add(a[i], b[i], c[i]))
     }
 }
 
