@@ -166,7 +166,7 @@ impl<'a> Work for Running<'a> {
             let keys = cached(kv.k, first);
             let count = keys.len() / dim;
             keys.load(&mut page[..count * dim]);
-            turn(&page[..count * dim], dim, turned);
+            turn(math, &page[..count * dim], dim, turned);
             for (queries, weights) in queries.chunks(QUERIES * dim).zip(weights.chunks_mut(QUERIES * stride)) {
                 for (keys, token) in turned.chunks_exact(dim).zip((0..count).step_by(LANES)) {
                     let n = LANES.min(count - token);
@@ -229,10 +229,15 @@ impl<'a> Work for Running<'a> {
 
 /// `keys[tokens, dim]` to `[tokens / 16, dim, 16]`; lanes without a token keep what they hold, and are not used.
 #[inline(always)]
-fn turn(keys: &[f32], dim: usize, turned: &mut [[f32; LANES]]) {
+fn turn(math: impl Math, keys: &[f32], dim: usize, turned: &mut [[f32; LANES]]) {
     for (keys, turned) in keys.chunks(LANES * dim).zip(turned.chunks_exact_mut(dim)) {
+        let whole = if keys.len() == LANES * dim { dim / LANES * LANES } else { 0 };
+        for first in (0..whole).step_by(LANES) {
+            let row = |token: usize| *keys[token * dim + first..].first_chunk().expect("whole");
+            turned[first..first + LANES].copy_from_slice(&math.transpose(&std::array::from_fn(row)));
+        }
         for (lane, key) in keys.chunks_exact(dim).enumerate() {
-            for (turned, &k) in turned.iter_mut().zip(key) {
+            for (turned, &k) in turned[whole..].iter_mut().zip(&key[whole..]) {
                 turned[lane] = k;
             }
         }

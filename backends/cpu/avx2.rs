@@ -39,12 +39,12 @@ impl Path for Avx2 {
         k.next_multiple_of(2 * LANES)
     }
 
-    fn decode_x(self, x: Slice, _: Slice, into: &mut [f32]) {
-        simd::decode_f32(self, x, into);
+    fn decode_x(self, x: Slice, _: Slice, into: &mut [Line], stride: usize) {
+        simd::decode_f32(self, x, into, stride);
     }
 
-    fn decode_w(self, w: Slice, into: &mut [f32]) {
-        simd::decode_f32(self, w, into);
+    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize) {
+        simd::decode_f32(self, w, into, stride);
     }
 
     fn row(self, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
@@ -85,13 +85,13 @@ fn load_rest(row: Slice, i: usize) -> __m256 {
     cast(rest)
 }
 
-/// Decodes a row, padded with zeros.
+/// Decodes a row to every `stride`th line, padded with zeros.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn decode(row: Slice, into: &mut [f32]) {
+pub fn decode(row: Slice, into: &mut [Line], stride: usize) {
     let whole = row.len() / LANES * LANES;
-    for (i, into) in (0..).step_by(LANES).zip(into.chunks_exact_mut(LANES)) {
-        let values = if i < whole { load8(row, i) } else { load_rest(row, i) };
-        into.copy_from_slice(&cast::<_, [f32; LANES]>(values));
+    let load = |i| if i < whole { load8(row, i) } else { load_rest(row, i) };
+    for (i, into) in (0..row.len()).step_by(2 * LANES).zip(into.iter_mut().step_by(stride)) {
+        *into = cast([load(i), load(i + LANES)]);
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use bytemuck::{cast, cast_ref, cast_slice, cast_slice_mut, pod_read_unaligned};
+use bytemuck::{cast, cast_slice, pod_read_unaligned};
 use half::bf16;
 use quaver_core::e4m3;
 use quaver_core::host::slices::Slice;
@@ -52,22 +52,18 @@ impl Path for Avx512 {
         k.next_multiple_of(STEP)
     }
 
-    fn decode_x(self, x: Slice, w: Slice, into: &mut [bf16]) {
+    fn decode_x(self, x: Slice, w: Slice, into: &mut [Line], stride: usize) {
         match (x, w) {
-            (Slice::E4m3(codes), Slice::E4m3(_)) => simd::decode(self, codes, into),
-            _ => {
-                plain(x, into);
-                if matches!(w, Slice::E4m3(_)) {
-                    into.chunks_exact_mut(STEP).for_each(interleave);
-                }
-            }
+            (Slice::E4m3(codes), Slice::E4m3(_)) => simd::decode(self, codes, into, stride),
+            (x, Slice::E4m3(_)) => plain(x, into, stride, interleaved),
+            _ => plain(x, into, stride, |elements| elements),
         }
     }
 
-    fn decode_w(self, w: Slice, into: &mut [bf16]) {
+    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize) {
         match w {
-            Slice::E4m3(codes) => simd::decode(self, codes, into),
-            _ => plain(w, into),
+            Slice::E4m3(codes) => simd::decode(self, codes, into, stride),
+            _ => plain(w, into, stride, |elements| elements),
         }
     }
 
@@ -80,24 +76,29 @@ impl Path for Avx512 {
     }
 }
 
-/// bf16 as it is, or codes in their own order.
-fn plain(row: Slice, into: &mut [bf16]) {
-    let n = row.len();
-    match row {
-        Slice::Bf16(row) => into[..n].copy_from_slice(row),
-        Slice::E4m3(row) => into.iter_mut().zip(row).for_each(|(y, &code)| *y = bf16::from_f32(e4m3::decode(code))),
-        Slice::F32(_) => unreachable!("f32 takes another path"),
+/// bf16 as it is, or codes as bf16, in an order of its own every [`STEP`] elements.
+fn plain(row: Slice, into: &mut [Line], stride: usize, order: impl Fn([bf16; STEP]) -> [bf16; STEP]) {
+    let mut lines = into.iter_mut().step_by(stride);
+    for first in (0..row.len()).step_by(STEP) {
+        let mut elements = [bf16::ZERO; STEP];
+        let range = first..row.len().min(first + STEP);
+        match row {
+            Slice::Bf16(row) => elements[..range.len()].copy_from_slice(&row[range]),
+            Slice::E4m3(row) => {
+                elements.iter_mut().zip(&row[range]).for_each(|(y, &code)| *y = bf16::from_f32(e4m3::decode(code)));
+            }
+            Slice::F32(_) => unreachable!("f32 takes another path"),
+        }
+        lines.by_ref().zip(cast::<_, [Line; 2]>(order(elements))).for_each(|(into, line)| *into = line);
     }
-    into[n..].fill(bf16::ZERO);
 }
 
 /// The order in which [`decode64`] leaves 64 codes: the unpack instructions work on quarters of a register.
-fn interleave(elements: &mut [bf16]) {
-    let plain: [bf16; STEP] = std::array::from_fn(|i| elements[i]);
-    for (i, element) in elements.iter_mut().enumerate() {
+fn interleaved(elements: [bf16; STEP]) -> [bf16; STEP] {
+    std::array::from_fn(|i| {
         let (half, quarter, j) = (i / 32, i % 32 / 8, i % 8);
-        *element = plain[quarter * 16 + half * 8 + j];
-    }
+        elements[quarter * 16 + half * 8 + j]
+    })
 }
 
 /// The two bytes of the bf16 of every code without its sign.
@@ -148,13 +149,14 @@ fn load_codes(codes: &[u8]) -> __m512i {
     cast(padded)
 }
 
-/// Decodes a row of codes in the order of [`decode64`], padded with zeros.
+/// Decodes codes in the order of [`decode64`] to every `stride`th line, padded with zeros.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512vbmi")]
-pub fn decode(codes: &[u8], into: &mut [bf16]) {
+pub fn decode(codes: &[u8], into: &mut [Line], stride: usize) {
     let tables = tables();
-    for (codes, into) in codes.chunks(STEP).zip(into.chunks_exact_mut(STEP)) {
-        let decoded = decode64(load_codes(codes), &tables);
-        cast_slice_mut::<bf16, u8>(into).copy_from_slice(cast_ref::<_, [u8; 128]>(&decoded));
+    for (codes, into) in codes.chunks(STEP).zip(into.chunks_mut(2 * stride)) {
+        let [first, second] = decode64(load_codes(codes), &tables);
+        into[0] = cast(first);
+        into[stride] = cast(second);
     }
 }
 
@@ -290,4 +292,46 @@ fn reduce(sums: [__m512; CHANNELS]) -> [f32; CHANNELS] {
 #[target_feature(enable = "avx512f,avx512vl")]
 fn upper(s: __m512) -> __m256 {
     _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(s)))
+}
+
+/// Rows to columns: pairs, then fours within each quarter of a register, then the quarters themselves.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+pub fn transpose(rows: [__m512; 16]) -> [__m512; 16] {
+    let pairs: [__m512; 16] = std::array::from_fn(|i| match i % 2 {
+        0 => _mm512_unpacklo_ps(rows[i], rows[i + 1]),
+        _ => _mm512_unpackhi_ps(rows[i - 1], rows[i]),
+    });
+    // fours[4 i + j]: of each quarter q, column 4 q + j of rows 4 i to 4 i + 3.
+    let fours: [__m512; 16] = std::array::from_fn(|i| {
+        let (first, j) = (i / 4 * 4, i % 4);
+        let [a, b] = [pairs[first + j / 2], pairs[first + j / 2 + 2]].map(|pair| _mm512_castps_pd(pair));
+        _mm512_castpd_ps(if j % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
+    });
+    std::array::from_fn(|i| {
+        let (quarter, j) = (i / 4, i % 4);
+        let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+        let (ab, cd) = match quarter / 2 {
+            0 => (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0x44>(c, d)),
+            _ => (_mm512_shuffle_f32x4::<0xee>(a, b), _mm512_shuffle_f32x4::<0xee>(c, d)),
+        };
+        match quarter % 2 {
+            0 => _mm512_shuffle_f32x4::<0x88>(ab, cd),
+            _ => _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::vector::Math;
+    use super::*;
+
+    #[test]
+    fn transposed_rows_are_columns() {
+        let Some(isa) = Avx512::detect() else { return };
+        let rows = std::array::from_fn(|i| std::array::from_fn(|j| (i * 16 + j) as f32));
+        let columns = isa.transpose(&rows);
+        (0..256).for_each(|i| assert_eq!(columns[i % 16][i / 16], rows[i / 16][i % 16]));
+    }
 }

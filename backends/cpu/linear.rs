@@ -1,7 +1,9 @@
 //! `Linear` on the cpu: blocks of output channels go to the threads; each block is decoded once for all rows, or in
 //! registers where there is only one. What is done with the elements is a [`Path`]'s affair.
 
-use bytemuck::{Pod, Zeroable, cast_slice, cast_slice_mut};
+use std::cell::RefCell;
+
+use bytemuck::{Pod, Zeroable, cast_slice};
 use quaver_core::host::slices::{ActIn, ColsOut, Slice, SliceMut, WeightIn};
 use rayon::prelude::*;
 
@@ -13,22 +15,22 @@ use super::vector::{Math, Work};
 /// A way to take dot products: an instruction set, and what elements are decoded to.
 pub trait Path: Copy + Send + Sync {
     /// What elements are decoded to.
-    type Element: Pod + Send + Sync;
+    type Element: Pod;
 
     /// Rows of a tile, at most [`MOST_ROWS`].
     const ROWS: usize;
 
-    /// Elements that are summed in registers before their sum is added to that of earlier ones.
+    /// Elements that are summed in registers before their sum is added to that of earlier ones: whole lines.
     const CHUNK: usize;
 
     /// Elements that a row of `k` takes, zeros behind it included: whole lines.
     fn padded(self, k: usize) -> usize;
 
-    /// A row of activations, for a weight of the kind of `w`, padded with zeros.
-    fn decode_x(self, x: Slice, w: Slice, into: &mut [Self::Element]);
+    /// A row of activations, for a weight of the kind of `w`, to every `stride`th line, padded with zeros.
+    fn decode_x(self, x: Slice, w: Slice, into: &mut [Line], stride: usize);
 
-    /// A row of a weight, padded with zeros.
-    fn decode_w(self, w: Slice, into: &mut [Self::Element]);
+    /// A chunk of a row of a weight, as `decode_x`.
+    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize);
 
     /// `y[n] = x[padded] . w[n, k]^T`, the weight decoded in registers.
     fn row(self, x: &[Self::Element], w: Slice, k: usize, y: &mut [f32]);
@@ -50,8 +52,9 @@ pub const MOST_ROWS: usize = 6;
 #[repr(C, align(64))]
 pub struct Line(pub [u8; 64]);
 
-/// Decoded weights that a thread keeps at a time: a part of its second-level cache.
-const BLOCK_BYTES: usize = 256 << 10;
+/// Channels that a thread decodes at a time where there are several rows: a chunk of each is a part of the second-level
+/// cache.
+const BLOCK_CHANNELS: usize = 64;
 
 /// Channels that a thread streams from memory at a time where there is one row: enough for long streams, few enough that
 /// a thread which is held up keeps the others waiting for little.
@@ -79,87 +82,87 @@ pub fn linear(isa: Isa, op: Linear, decoded: &mut Vec<Line>) {
 }
 
 fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded: &mut Vec<Line>) {
-    let (m, padded) = (x.data.len() / k, path.padded(k));
+    let m = x.data.len() / k;
     if m == 0 {
         return;
     }
-    let lines = padded * size_of::<P::Element>() / size_of::<Line>();
-    decoded.resize(m * lines, Line::zeroed());
-    let decode = |i, row: &mut [Line]| path.decode_x(x.data.row(i, k), w.parts[0], cast_slice_mut(row));
+    let lines = |elements| path.padded(elements) * size_of::<P::Element>() / size_of::<Line>();
+    decoded.resize(m * lines(k), Line::zeroed());
+    let decode = |(i, panel): (usize, &mut [Line])| {
+        let rows = P::ROWS.min(m - i * P::ROWS);
+        for j in 0..rows {
+            path.decode_x(x.data.row(i * P::ROWS + j, k), w.parts[0], &mut panel[j..], rows);
+        }
+    };
     match m {
-        1 => decode(0, decoded),
-        _ => decoded.par_chunks_mut(P::ROWS * lines).enumerate().for_each_init(
-            || vec![Line::zeroed(); lines],
-            |row, (i, panel)| pack(panel, row, |j, row| decode(i * P::ROWS + j, row)),
-        ),
+        1 => decode((0, decoded)),
+        _ => decoded.par_chunks_mut(P::ROWS * lines(k)).enumerate().for_each(decode),
     }
     let x_panels: &[Line] = decoded;
-    let most = match m {
-        1 => STREAM_CHANNELS,
-        _ => (BLOCK_BYTES / size_of::<Line>() / lines).max(CHANNELS),
-    };
+    let most = if m == 1 { STREAM_CHANNELS } else { BLOCK_CHANNELS };
     // Enough blocks that every thread gets several.
     let channels = out.n.div_ceil(4 * rayon::current_num_threads()).min(most).next_multiple_of(CHANNELS);
     let blocks = blocks(w.parts, k, channels);
     let widths: Vec<_> = blocks.iter().map(|block| block.w.len() / k).collect();
     let tasks = blocks.into_par_iter().zip(out.blocks(&widths));
-    let store = |row, first, products: &mut [f32], out: &mut SliceMut| {
-        let w_scales = w.scale.map(|scales| &scales[first..][..products.len()]);
-        isa.run(Scaled { x: x.scale.row(row), w: w_scales, products, add, out });
-    };
-    if m == 1 {
-        tasks.for_each_init(Vec::new, |y, (block, mut out)| {
-            y.resize(out[0].len(), 0.0);
-            path.row(cast_slice(x_panels), block.w, k, y);
-            store(0, block.first, y, &mut out[0]);
-        });
-        return;
-    }
-    tasks.for_each_init(
-        Default::default,
-        |(row, w_panels, y): &mut (Vec<Line>, Vec<Line>, Vec<f32>), (block, mut out)| {
-            let n = out[0].len().next_multiple_of(CHANNELS);
-            row.resize(lines, Line::zeroed());
-            w_panels.resize(n * lines, Line::zeroed());
-            // A panel that is not full is padded with its last channel.
-            let channel = |i: usize| block.w.row(i.min(out[0].len() - 1), k);
-            for (i, panel) in w_panels.chunks_exact_mut(CHANNELS * lines).enumerate() {
-                pack(panel, row, |j, row| path.decode_w(channel(i * CHANNELS + j), cast_slice_mut(row)));
-            }
-            for (i, (x, out)) in x_panels.chunks(P::ROWS * lines).zip(out.chunks_mut(P::ROWS)).enumerate() {
-                y.clear();
-                y.resize(out.len() * n, 0.0);
-                multiply(path, x, w_panels, lines, y);
-                for ((j, y), out) in y.chunks_exact_mut(n).enumerate().zip(out) {
-                    store(i * P::ROWS + j, block.first, &mut y[..out.len()], out);
+    let compute = |Block { first, w: channels }: Block,
+                   out: Vec<SliceMut>,
+                   Scratch { panels, products }: &mut Scratch| {
+        let count = channels.len() / k;
+        let n = count.next_multiple_of(CHANNELS);
+        products.clear();
+        products.resize(m * n, 0.0);
+        if m == 1 {
+            path.row(cast_slice(x_panels), channels, k, &mut products[..count]);
+        } else {
+            for start in (0..k).step_by(P::CHUNK) {
+                let chunk = P::CHUNK.min(k - start);
+                panels.resize(n * lines(chunk), Line::zeroed());
+                for (i, panel) in panels.chunks_exact_mut(CHANNELS * lines(chunk)).enumerate() {
+                    for j in 0..CHANNELS {
+                        // A panel that is not full is padded with the last channel.
+                        let channel = (i * CHANNELS + j).min(count - 1);
+                        path.decode_w(channels.range(channel * k + start, chunk), &mut panel[j..], CHANNELS);
+                    }
+                }
+                let x_panels = x_panels.chunks(P::ROWS * lines(k));
+                for (x, products) in x_panels.zip(products.chunks_mut(P::ROWS * n)) {
+                    let rows = products.len() / n;
+                    multiply(path, &x[lines(start) * rows..][..lines(chunk) * rows], panels, lines(chunk), products);
                 }
             }
-        },
-    );
+        }
+        for (row, (products, mut out)) in products.chunks_exact_mut(n).zip(out).enumerate() {
+            let products = &mut products[..count];
+            let w = w.scale.map(|scales| &scales[first..][..count]);
+            isa.run(Scaled { x: x.scale.row(row), w, products, add, out: &mut out });
+        }
+    };
+    tasks.for_each(|(block, out)| SCRATCH.with_borrow_mut(|scratch| compute(block, out, scratch)));
 }
 
-/// Rows, decoded one by one into `row`, as a panel.
-fn pack(panel: &mut [Line], row: &mut [Line], decode: impl Fn(usize, &mut [Line])) {
-    let rows = panel.len() / row.len();
-    for i in 0..rows {
-        decode(i, row);
-        panel[i..].iter_mut().step_by(rows).zip(&*row).for_each(|(into, line)| *into = *line);
-    }
+/// What a thread computes a block in.
+#[derive(Default)]
+struct Scratch {
+    /// The decoded channels, a chunk of each: `[channels / CHANNELS]` panels.
+    panels: Vec<Line>,
+    /// `[m, channels]`.
+    products: Vec<f32>,
 }
 
-/// `y[rows, n] += x . w^T` of a panel of rows and the panels of `n` channels, of so many lines a row.
-fn multiply<P: Path>(path: P, x: &[Line], w: &[Line], lines: usize, y: &mut [f32]) {
+thread_local! {
+    /// Kept between calls: memory that is taken anew each time costs as much as what is computed in it.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// `products[rows, n] += x . w^T` of a panel of rows and the panels of `n` channels, of so many lines a row.
+fn multiply<P: Path>(path: P, x: &[Line], w: &[Line], lines: usize, products: &mut [f32]) {
     let (rows, n) = (x.len() / lines, w.len() / lines);
-    let chunk = P::CHUNK * size_of::<P::Element>() / size_of::<Line>();
     let mut sums = [[0.0; CHANNELS]; MOST_ROWS];
-    for first in (0..lines).step_by(chunk) {
-        let chunk = first..lines.min(first + chunk);
-        let x = &x[chunk.start * rows..chunk.end * rows];
-        for (channel, w) in (0..n).step_by(CHANNELS).zip(w.chunks_exact(CHANNELS * lines)) {
-            path.tile(x, &w[chunk.start * CHANNELS..chunk.end * CHANNELS], &mut sums[..rows]);
-            for (y, sums) in y.chunks_exact_mut(n).zip(&sums) {
-                y[channel..][..CHANNELS].iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-            }
+    for (channel, w) in (0..n).step_by(CHANNELS).zip(w.chunks_exact(CHANNELS * lines)) {
+        path.tile(x, w, &mut sums[..rows]);
+        for (products, sums) in products.chunks_exact_mut(n).zip(&sums) {
+            products[channel..][..CHANNELS].iter_mut().zip(sums).for_each(|(product, sum)| *product += sum);
         }
     }
 }

@@ -23,20 +23,23 @@ impl Path for Portable {
         k.next_multiple_of(2 * LANES)
     }
 
-    fn decode_x(self, x: Slice, _: Slice, into: &mut [f32]) {
-        self.decode_w(x, into);
+    fn decode_x(self, x: Slice, _: Slice, into: &mut [Line], stride: usize) {
+        self.decode_w(x, into, stride);
     }
 
-    fn decode_w(self, w: Slice, into: &mut [f32]) {
-        let (values, zeros) = into.split_at_mut(w.len());
-        w.load(values);
-        zeros.fill(0.0);
+    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize) {
+        for (first, into) in (0..w.len()).step_by(2 * LANES).zip(into.iter_mut().step_by(stride)) {
+            let mut values = [0f32; 2 * LANES];
+            let count = values.len().min(w.len() - first);
+            w.range(first, count).load(&mut values[..count]);
+            *into = cast(values);
+        }
     }
 
     fn row(self, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
-        let mut channel = vec![0.0; x.len()];
+        let mut channel = vec![0f32; x.len()];
         for (w, y) in w.rows(k).zip(y) {
-            self.decode_w(w, &mut channel);
+            w.load(&mut channel[..k]);
             *y = 0.0;
             for (x, w) in x.chunks(CHUNK).zip(channel.chunks(CHUNK)) {
                 let mut sums = [0f32; LANES];

@@ -24,9 +24,9 @@ pub fn prefetch(bytes: &[u8], at: usize) {
 }
 
 /// [`avx512::decode`].
-pub fn decode(_: Avx512, codes: &[u8], into: &mut [bf16]) {
+pub fn decode(_: Avx512, codes: &[u8], into: &mut [Line], stride: usize) {
     // SAFETY: an `Avx512` exists only where its features were detected.
-    unsafe { avx512::decode(codes, into) }
+    unsafe { avx512::decode(codes, into, stride) }
 }
 
 /// [`avx512::row`].
@@ -42,9 +42,9 @@ pub fn tile(_: Avx512, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
 }
 
 /// [`avx2::decode`].
-pub fn decode_f32(_: Avx2, row: Slice, into: &mut [f32]) {
+pub fn decode_f32(_: Avx2, row: Slice, into: &mut [Line], stride: usize) {
     // SAFETY: an `Avx2` exists only where its features were detected.
-    unsafe { avx2::decode(row, into) }
+    unsafe { avx2::decode(row, into, stride) }
 }
 
 /// [`avx2::row`].
@@ -94,6 +94,12 @@ impl Math for Avx512 {
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: an `Avx512` exists only where its features were detected.
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: &[[f32; LANES]; LANES]) -> [[f32; LANES]; LANES] {
+        // SAFETY: an `Avx512` exists only where its features were detected.
+        cast(unsafe { avx512::transpose(cast(*rows)) })
     }
 }
 

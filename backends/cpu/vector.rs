@@ -28,6 +28,12 @@ pub trait Math: Copy {
 
     /// `a * b + c`, fused where there is an instruction for it.
     fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
+
+    /// Rows to columns.
+    #[inline(always)]
+    fn transpose(self, rows: &[[f32; LANES]; LANES]) -> [[f32; LANES]; LANES] {
+        std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]))
+    }
 }
 
 /// `a * b + c`, fused where every machine of the architecture can.
