@@ -31,8 +31,8 @@ pub struct Options {
     pub per_op: bool,
 }
 
-/// Measures the machine, a model's cases, and the machine once more: what others do on it changes by the second, and the
-/// better of the two is what it can do. `on_progress` is told what comes next.
+/// Measures a model's cases, and the machine before each run and behind the last one: what others do on it changes by
+/// the second, so that medians are compared with medians. `on_progress` is told what comes next.
 ///
 /// # Errors
 /// Where a case does not fit the model's context or the KV cache; and all that a model can be refused for.
@@ -42,28 +42,32 @@ pub fn run(model: Option<&str>, options: &Options, mut on_progress: impl FnMut(&
     let engine = fit(&checkpoint, options)?;
     let plan = MemoryPlan::new(&checkpoint, &engine)?;
     check_cache(&plan, &engine, options)?;
-    on_progress("measuring the machine");
-    let before = quaver_backends::peaks(&options.llm.device)?;
-    let forgotten = forget_peak_memory();
     on_progress("loading the model");
+    forget_peak_memory();
     let start = Instant::now();
     let mut runner = Runner::open(&checkpoint, &options.llm.device, &engine, false)?;
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
     let device = runner.device();
-    let mut cases = Vec::new();
+    let mut peak = peak_memory();
+    let (mut machine, mut cases) = (Vec::new(), Vec::new());
     for case in &options.cases {
         on_progress(&format!("{case}: warming up"));
         runner.run(case)?;
         let run = |i| {
             on_progress(&format!("{case}: {} of {}", i + 1, options.repeat));
-            runner.run(case)
+            machine.push(quaver_backends::peaks(&options.llm.device)?);
+            // Without the buffers that the machine was measured with.
+            forget_peak_memory();
+            let run = runner.run(case);
+            peak = peak.zip(peak_memory()).map(|(most, now)| most.max(now));
+            run
         };
         let runs = (0..options.repeat).map(run).collect::<Result<Vec<Run>>>()?;
         cases.push(CaseRuns { case: *case, runs, timed: None });
     }
-    // Before a second engine, and the machine's own measurement, take memory of theirs.
-    let peak = peak_memory().filter(|_| forgotten);
     drop(runner);
+    machine.push(quaver_backends::peaks(&options.llm.device)?);
+    let machine = Machine::new(&machine);
     if options.per_op {
         let mut runner = Runner::open(&checkpoint, &options.llm.device, &engine, true)?;
         for case in &mut cases {
@@ -72,8 +76,6 @@ pub fn run(model: Option<&str>, options: &Options, mut on_progress: impl FnMut(&
             case.timed = Some(runner.run(&case.case)?);
         }
     }
-    on_progress("measuring the machine again");
-    let machine = Machine::new([before, quaver_backends::peaks(&options.llm.device)?]);
     let memory = Memory { weights: plan.weights as u64, kv_cache: plan.kv_cache as u64, peak };
     let cases = cases.into_iter().map(|case| case.report(&machine)).collect();
     Ok(Report {
@@ -127,10 +129,12 @@ fn check_cache(plan: &MemoryPlan, engine: &EngineOptions, options: &Options) -> 
     Ok(())
 }
 
-/// Begins anew with what [`peak_memory`] gives; false where the system cannot.
-fn forget_peak_memory() -> bool {
+/// Begins anew with what [`peak_memory`] gives, where the system can; where it cannot, that is too much.
+fn forget_peak_memory() {
     // 5 resets VmHWM to what is held now (proc_pid_clear_refs(5)).
-    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+    if let Err(error) = std::fs::write("/proc/self/clear_refs", "5") {
+        log::warn!("the peak memory includes what the machine was measured with: {error}");
+    }
 }
 
 /// Bytes of memory that this process has held at most, pages of mapped files among them; None where the system does not

@@ -30,24 +30,24 @@ pub struct Report {
     pub cases: Vec<CaseReport>,
 }
 
-/// What a device can do at best, measured several times.
+/// What a device can do, measured several times.
 #[derive(Clone, Copy, Debug)]
 pub struct Machine {
     /// Threads of the processor that took part.
     pub threads: usize,
-    /// Bytes a second; what counts is the greatest.
+    /// Bytes a second; what counts is the median.
     pub bandwidth: Spread,
-    /// Operations a second; what counts is the greatest.
+    /// Operations a second; what counts is the median.
     pub flops: Spread,
 }
 
 impl Machine {
     /// Of at least one measurement.
-    pub fn new<const N: usize>(measured: [Peaks; N]) -> Self {
+    pub fn new(measured: &[Peaks]) -> Self {
         Machine {
             threads: measured[0].threads,
-            bandwidth: Spread::new(measured.map(|peaks| peaks.bandwidth)),
-            flops: Spread::new(measured.map(|peaks| peaks.flops)),
+            bandwidth: Spread::new(measured.iter().map(|peaks| peaks.bandwidth)),
+            flops: Spread::new(measured.iter().map(|peaks| peaks.flops)),
         }
     }
 }
@@ -124,7 +124,7 @@ pub struct Floor {
 
 impl Floor {
     fn new(cost: Cost, machine: &Machine) -> Self {
-        Floor { bytes: cost.bytes as f64 / machine.bandwidth.max, flops: cost.flops as f64 / machine.flops.max }
+        Floor { bytes: cost.bytes as f64 / machine.bandwidth.median, flops: cost.flops as f64 / machine.flops.median }
     }
 
     /// The greater of the two.
@@ -227,7 +227,7 @@ pub struct Figure {
     pub name: &'static str,
     /// What it is counted in.
     pub unit: &'static str,
-    /// The number: a median where there were several runs, the best of what the machine can do.
+    /// The number: a median where there were several runs.
     pub value: f64,
     /// Of the runs, where there were several.
     pub spread: Option<Spread>,
@@ -248,7 +248,7 @@ impl Report {
         };
         let peak = |name, unit, Spread { median, min, max }: Spread| {
             let [median, min, max] = [median, min, max].map(|a_second| a_second / 1e9);
-            Figure { spread: Some(Spread { median, min, max }), ..plain("machine", name, unit, max) }
+            Figure { spread: Some(Spread { median, min, max }), ..plain("machine", name, unit, median) }
         };
         let mut figures = vec![
             peak("bandwidth", "GB/s", self.machine.bandwidth),
@@ -326,7 +326,7 @@ mod tests {
     #[test]
     fn a_floor_is_whichever_of_memory_and_arithmetic_takes_longer() {
         let peaks = |bandwidth, flops| Peaks { threads: 1, bandwidth, flops };
-        let machine = Machine::new([peaks(10.0, 90.0), peaks(9.0, 100.0)]);
+        let machine = Machine::new(&[peaks(12.0, 90.0), peaks(9.0, 100.0), peaks(10.0, 110.0)]);
         assert_eq!(Floor::new(Cost { bytes: 20, flops: 100 }, &machine).seconds(), 2.0);
         assert_eq!(Floor::new(Cost { bytes: 20, flops: 300 }, &machine).seconds(), 3.0);
     }

@@ -91,7 +91,7 @@ fn head(report: &Report) -> Table {
     let mut table = Table::new(&[Align::Left, Align::Left]);
     let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
     let (device, machine, memory) = (&report.device, &report.machine, &report.memory);
-    let (bandwidth, flops) = (machine.bandwidth.max / 1e9, machine.flops.max / 1e9);
+    let (bandwidth, flops) = (machine.bandwidth.median / 1e9, machine.flops.median / 1e9);
     line("model", format!("{}, {}", report.model, report.scheme));
     line("device", format!("{}: {} ({})", device.backend, device.name, device.driver));
     line("machine", format!("reads {bandwidth:.1} GB/s, computes {flops:.1} GFLOP/s"));
@@ -163,8 +163,8 @@ fn to_json(report: &Report) -> Value {
         "device": device.name,
         "variant": device.driver,
         "machine": {
-            "bandwidth_gb_s": machine.bandwidth.max / 1e9, "bandwidth_gb_s_least": machine.bandwidth.min / 1e9,
-            "gflops": machine.flops.max / 1e9, "gflops_least": machine.flops.min / 1e9, "threads": machine.threads,
+            "bandwidth_gb_s": machine.bandwidth.median / 1e9, "bandwidth_gb_s_range": [machine.bandwidth.min / 1e9, machine.bandwidth.max / 1e9],
+            "gflops": machine.flops.median / 1e9, "gflops_range": [machine.flops.min / 1e9, machine.flops.max / 1e9], "threads": machine.threads,
         },
         "load_ms": report.load_ms,
         "weights_bytes": memory.weights,
