@@ -1,6 +1,7 @@
 //! The in-process API: a model that takes text or tokens and gives text.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Instant;
 
 use quaver_backends::Spec;
@@ -12,7 +13,7 @@ use quaver_core::{Error, Result};
 use serde_json::Value;
 
 use crate::model;
-use crate::text::{ChatTemplate, Detokenizer, RenderOptions, StopStrings, Tokenizer};
+use crate::text::{ChatTemplate, Detokenizer, RenderOptions, StopStrings, Tokenizer, TokenizerReading};
 
 /// How a model is opened.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -23,6 +24,9 @@ pub struct LlmOptions {
     pub engine: EngineOptions,
     /// Take a model that is named by its Hugging Face id from the cache, without any request.
     pub offline: bool,
+    /// Read the tokenizer when it is needed first, instead of beside the weights: where prompts are token ids, their
+    /// first token does not wait for it.
+    pub defer_tokenizer: bool,
 }
 
 /// What to continue.
@@ -92,9 +96,8 @@ pub struct Llm {
     engine: Engine,
     name: String,
     defaults: GenerationConfig,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Option<Arc<TokenizerReading>>,
     template: Option<ChatTemplate>,
-    bos: Option<String>,
 }
 
 impl Llm {
@@ -123,9 +126,9 @@ impl Llm {
     /// Opens a model in a folder or of the hub, or the demo model, with options.
     pub fn with_options(model: Option<&str>, options: &LlmOptions) -> Result<Self> {
         let files = model::files(model, options.offline)?;
+        let reading = |json| Arc::new(TokenizerReading::new(json, !options.defer_tokenizer));
+        let tokenizer = files.get("tokenizer.json")?.map(reading);
         let checkpoint = Checkpoint::open(files.clone())?;
-        let tokenizer = files.get("tokenizer.json")?.map(|json| Tokenizer::from_json(&json)).transpose()?;
-        let bos = checkpoint.generation().bos.zip(tokenizer.as_ref()).and_then(|(id, t)| t.id_to_token(id));
         let engine = Engine::new(&checkpoint, quaver_backends::open(&options.device)?, &options.engine)?;
         Ok(Llm {
             engine,
@@ -133,7 +136,6 @@ impl Llm {
             defaults: checkpoint.generation().clone(),
             tokenizer,
             template: chat_template(&files)?,
-            bos,
         })
     }
 
@@ -195,8 +197,9 @@ impl Llm {
         match prompt {
             Prompt::Ids(ids) => Ok(ids.clone()),
             Prompt::Text(text) => {
-                let has_bos = self.bos.as_ref().is_some_and(|bos| text.starts_with(bos));
-                self.tokenizer()?.encode(text, !has_bos)
+                let tokenizer = self.tokenizer()?;
+                let bos = self.defaults.bos.and_then(|id| tokenizer.id_to_token(id));
+                tokenizer.encode(text, !bos.is_some_and(|bos| text.starts_with(&bos)))
             }
             Prompt::Messages(messages) => {
                 let why = "this model brings none; give a plain text (--raw)";
@@ -210,7 +213,7 @@ impl Llm {
     fn tokenizer(&self) -> Result<&Tokenizer> {
         let missing =
             || Error::text("tokenizer.json", format!("{} has none; give token ids (--prompt-ids)", self.name));
-        self.tokenizer.as_ref().ok_or_else(missing)
+        self.tokenizer.as_ref().ok_or_else(missing)?.get()
     }
 
     /// Runs requests as one batch. `on_progress` is called with a request's number and each piece of its text as soon as
@@ -264,6 +267,8 @@ pub fn chat_template(files: &Files) -> Result<Option<ChatTemplate>> {
 /// A request under way.
 struct Answer {
     id: RequestId,
+    /// What the detokenizer is made of when the first token is there, and not before: token ids do without.
+    tokenizer: Option<Arc<TokenizerReading>>,
     detokenizer: Option<Detokenizer>,
     stops: StopStrings,
     text: String,
@@ -285,7 +290,8 @@ impl Answer {
         let prompt_logprobs = params.prompt_logprobs.map(|_| vec![None]);
         Ok(Answer {
             id: llm.engine.submit(&prompt_token_ids, params)?,
-            detokenizer: llm.tokenizer.as_ref().map(|tokenizer| tokenizer.detokenizer(true)),
+            tokenizer: llm.tokenizer.clone(),
+            detokenizer: None,
             stops,
             text: String::new(),
             token_ids: Vec::new(),
@@ -317,6 +323,9 @@ impl Answer {
                 self.first.get_or_insert_with(|| (now, (now - start).as_secs_f64() * 1e3));
                 self.last = Some(now);
                 self.token_ids.push(token.id);
+                if let (None, Some(tokenizer)) = (&self.detokenizer, &self.tokenizer) {
+                    self.detokenizer = Some(tokenizer.get()?.detokenizer(true));
+                }
                 let text = self.detokenizer.as_mut().map(|d| d.push(token.id)).transpose()?.unwrap_or_default();
                 if let Some(logprobs) = &mut self.logprobs {
                     logprobs.push(token);

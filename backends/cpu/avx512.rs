@@ -55,15 +55,18 @@ impl Path for Avx512 {
     fn decode_x(self, x: Slice, w: Slice, into: &mut [Line], stride: usize) {
         match (x, w) {
             (Slice::E4m3(codes), Slice::E4m3(_)) => simd::decode(self, codes, into, stride),
-            (x, Slice::E4m3(_)) => plain(x, into, stride, interleaved),
-            _ => plain(x, into, stride, |elements| elements),
+            (Slice::E4m3(codes), _) => copy(&values(codes), into, stride),
+            (Slice::Bf16(x), Slice::E4m3(_)) => copy(&interleaved(x), into, stride),
+            (Slice::Bf16(x), _) => copy(x, into, stride),
+            (Slice::F32(_), _) => unreachable!("f32 takes another path"),
         }
     }
 
     fn decode_w(self, w: Slice, into: &mut [Line], stride: usize) {
         match w {
             Slice::E4m3(codes) => simd::decode(self, codes, into, stride),
-            _ => plain(w, into, stride, |elements| elements),
+            Slice::Bf16(w) => copy(w, into, stride),
+            Slice::F32(_) => unreachable!("f32 takes another path"),
         }
     }
 
@@ -76,29 +79,32 @@ impl Path for Avx512 {
     }
 }
 
-/// bf16 as it is, or codes as bf16, in an order of its own every [`STEP`] elements.
-fn plain(row: Slice, into: &mut [Line], stride: usize, order: impl Fn([bf16; STEP]) -> [bf16; STEP]) {
+/// To every `stride`th line, padded with zeros.
+fn copy(row: &[bf16], into: &mut [Line], stride: usize) {
+    let (whole, rest) = row.as_chunks::<32>();
     let mut lines = into.iter_mut().step_by(stride);
-    for first in (0..row.len()).step_by(STEP) {
-        let mut elements = [bf16::ZERO; STEP];
-        let range = first..row.len().min(first + STEP);
-        match row {
-            Slice::Bf16(row) => elements[..range.len()].copy_from_slice(&row[range]),
-            Slice::E4m3(row) => {
-                elements.iter_mut().zip(&row[range]).for_each(|(y, &code)| *y = bf16::from_f32(e4m3::decode(code)));
-            }
-            Slice::F32(_) => unreachable!("f32 takes another path"),
-        }
-        lines.by_ref().zip(cast::<_, [Line; 2]>(order(elements))).for_each(|(into, line)| *into = line);
+    for (line, into) in whole.iter().zip(lines.by_ref()) {
+        *into = cast(*line);
+    }
+    let mut rest = rest.iter().copied();
+    for into in lines {
+        *into = cast::<[bf16; 32], _>(std::array::from_fn(|_| rest.next().unwrap_or_default()));
     }
 }
 
-/// The order in which [`decode64`] leaves 64 codes: the unpack instructions work on quarters of a register.
-fn interleaved(elements: [bf16; STEP]) -> [bf16; STEP] {
-    std::array::from_fn(|i| {
-        let (half, quarter, j) = (i / 32, i % 32 / 8, i % 8);
-        elements[quarter * 16 + half * 8 + j]
-    })
+/// Codes in their own order.
+fn values(codes: &[u8]) -> Vec<bf16> {
+    codes.iter().map(|&code| bf16::from_f32(e4m3::decode(code))).collect()
+}
+
+/// The order in which [`decode64`] leaves 64 codes, padded with zeros: the unpack instructions work on quarters of a
+/// register.
+fn interleaved(row: &[bf16]) -> Vec<bf16> {
+    let place = |i: usize| {
+        let (half, quarter, j) = (i % STEP / 32, i % 32 / 8, i % 8);
+        i / STEP * STEP + quarter * 16 + half * 8 + j
+    };
+    (0..row.len().next_multiple_of(STEP)).map(|i| row.get(place(i)).copied().unwrap_or_default()).collect()
 }
 
 /// The two bytes of the bf16 of every code without its sign.

@@ -7,10 +7,10 @@ use bytemuck::{Pod, Zeroable, cast_slice};
 use quaver_core::host::slices::{ActIn, ColsOut, Slice, SliceMut, WeightIn};
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512::Avx512;
 use super::isa::Isa;
 use super::vector::{Math, Work};
+#[cfg(target_arch = "x86_64")]
+use super::{avx512::Avx512, simd::prefetch_far};
 
 /// A way to take dot products: an instruction set, and what elements are decoded to.
 pub trait Path: Copy + Send + Sync {
@@ -87,16 +87,18 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
         return;
     }
     let lines = |elements| path.padded(elements) * size_of::<P::Element>() / size_of::<Line>();
+    // Tiles of nearly equal rows: a small one at the end would take as long as a large one.
+    let tile = m.div_ceil(m.div_ceil(P::ROWS));
     decoded.resize(m * lines(k), Line::zeroed());
     let decode = |(i, panel): (usize, &mut [Line])| {
-        let rows = P::ROWS.min(m - i * P::ROWS);
+        let rows = tile.min(m - i * tile);
         for j in 0..rows {
-            path.decode_x(x.data.row(i * P::ROWS + j, k), w.parts[0], &mut panel[j..], rows);
+            path.decode_x(x.data.row(i * tile + j, k), w.parts[0], &mut panel[j..], rows);
         }
     };
     match m {
         1 => decode((0, decoded)),
-        _ => decoded.par_chunks_mut(P::ROWS * lines(k)).enumerate().for_each(decode),
+        _ => decoded.par_chunks_mut(tile * lines(k)).enumerate().for_each(decode),
     }
     let x_panels: &[Line] = decoded;
     let most = if m == 1 { STREAM_CHANNELS } else { BLOCK_CHANNELS };
@@ -105,9 +107,8 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
     let blocks = blocks(w.parts, k, channels);
     let widths: Vec<_> = blocks.iter().map(|block| block.w.len() / k).collect();
     let tasks = blocks.into_par_iter().zip(out.blocks(&widths));
-    let compute = |Block { first, w: channels }: Block,
-                   out: Vec<SliceMut>,
-                   Scratch { panels, products }: &mut Scratch| {
+    let compute = |block: Block, out: Vec<SliceMut>, Scratch { panels, products }: &mut Scratch| {
+        let Block { first, w: channels, after } = block;
         let count = channels.len() / k;
         let n = count.next_multiple_of(CHANNELS);
         products.clear();
@@ -125,10 +126,17 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
                         path.decode_w(channels.range(channel * k + start, chunk), &mut panel[j..], CHANNELS);
                     }
                 }
-                let x_panels = x_panels.chunks(P::ROWS * lines(k));
-                for (x, products) in x_panels.zip(products.chunks_mut(P::ROWS * n)) {
+                let next = if start + chunk < k {
+                    channels.range(start + chunk, channels.len() - start - chunk)
+                } else {
+                    after
+                };
+                let mut ahead = Ahead::new(next, k, P::CHUNK.min(k), count, m.div_ceil(tile) * n / CHANNELS);
+                let x_panels = x_panels.chunks(tile * lines(k));
+                for (x, products) in x_panels.zip(products.chunks_mut(tile * n)) {
                     let rows = products.len() / n;
-                    multiply(path, &x[lines(start) * rows..][..lines(chunk) * rows], panels, lines(chunk), products);
+                    let x = &x[lines(start) * rows..][..lines(chunk) * rows];
+                    multiply(path, x, panels, lines(chunk), products, || ahead.tile());
                 }
             }
         }
@@ -155,11 +163,54 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// `products[rows, n] += x . w^T` of a panel of rows and the panels of `n` channels, of so many lines a row.
-fn multiply<P: Path>(path: P, x: &[Line], w: &[Line], lines: usize, products: &mut [f32]) {
+/// Elsewhere the machine's own prefetching is all there is.
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch_far(_: &[u8], _: usize) {}
+
+/// Asks, tile by tile, for the codes that are decoded next, so that memory is busy while tiles are computed.
+struct Ahead<'a> {
+    /// From the first of them on.
+    bytes: &'a [u8],
+    /// Bytes from one channel to the next.
+    stride: usize,
+    /// Bytes of a channel's chunk.
+    chunk: usize,
+    channels: usize,
+    /// Channels' lines that a tile asks for.
+    lines: usize,
+    /// Lines that were asked for.
+    asked: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// For chunks of so many elements of channels of `k`, over so many tiles.
+    fn new(next: Slice<'a>, k: usize, chunk: usize, channels: usize, tiles: usize) -> Self {
+        let bytes = next.bytes();
+        let element = bytes.len().checked_div(next.len()).unwrap_or_default();
+        let (stride, chunk) = (k * element, chunk * element);
+        let lines = (channels * chunk).div_ceil(size_of::<Line>()).div_ceil(tiles);
+        Ahead { bytes, stride, chunk, channels, lines, asked: 0 }
+    }
+
+    fn tile(&mut self) {
+        let a_channel = self.chunk.div_ceil(size_of::<Line>()).max(1);
+        for line in self.asked..self.asked + self.lines {
+            let (channel, line) = (line / a_channel, line % a_channel);
+            if channel < self.channels {
+                prefetch_far(self.bytes, channel * self.stride + line * size_of::<Line>());
+            }
+        }
+        self.asked += self.lines;
+    }
+}
+
+/// `products[rows, n] += x . w^T` of a panel of rows and the panels of `n` channels, of so many lines a row; `on_tile`
+/// is called before each tile.
+fn multiply<P: Path>(path: P, x: &[Line], w: &[Line], lines: usize, products: &mut [f32], mut on_tile: impl FnMut()) {
     let (rows, n) = (x.len() / lines, w.len() / lines);
     let mut sums = [[0.0; CHANNELS]; MOST_ROWS];
     for (channel, w) in (0..n).step_by(CHANNELS).zip(w.chunks_exact(CHANNELS * lines)) {
+        on_tile();
         path.tile(x, w, &mut sums[..rows]);
         for (products, sums) in products.chunks_exact_mut(n).zip(&sums) {
             products[channel..][..CHANNELS].iter_mut().zip(sums).for_each(|(product, sum)| *product += sum);
@@ -173,6 +224,8 @@ struct Block<'a> {
     first: usize,
     /// `[channels, k]`.
     w: Slice<'a>,
+    /// What follows.
+    after: Slice<'a>,
 }
 
 /// Every part in blocks of at most so many channels.
@@ -182,7 +235,11 @@ fn blocks<'a>(parts: &[Slice<'a>], k: usize, channels: usize) -> Vec<Block<'a>> 
     for part in parts {
         let n = part.len() / k;
         let starts = (0..n).step_by(channels);
-        let block = |start| Block { first: first + start, w: part.range(start * k, channels.min(n - start) * k) };
+        let block = |start| {
+            let end = n.min(start + channels);
+            let (w, after) = (part.range(start * k, (end - start) * k), part.range(end * k, (n - end) * k));
+            Block { first: first + start, w, after }
+        };
         blocks.extend(starts.map(block));
         first += n;
     }

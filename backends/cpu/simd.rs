@@ -14,7 +14,16 @@ use super::linear::{CHANNELS, Line};
 use super::peaks::x86;
 use super::vector::{LANES, Math, Work};
 
-/// Asks for the cache line of a byte, where there is such a byte.
+/// Asks for the cache line of a byte, where there is such a byte, for the second-level cache.
+#[inline(always)]
+pub fn prefetch_far(bytes: &[u8], at: usize) {
+    if let Some(byte) = bytes.get(at) {
+        // SAFETY: a prefetch reads nothing; the address is that of a byte that is there.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(byte).cast()) }
+    }
+}
+
+/// As [`prefetch_far`], for the first-level cache.
 #[inline(always)]
 pub fn prefetch(bytes: &[u8], at: usize) {
     if let Some(byte) = bytes.get(at) {

@@ -166,8 +166,23 @@ fn refuse_nan(weight: &Tensor, k: usize) -> Result<()> {
     }
 }
 
-/// The first NaN code. Whole blocks are scanned without a branch, which compiles to vector instructions.
+/// The first NaN code. Where there are many codes, all cores read them: together they have more bandwidth.
 fn find_nan(codes: &[u8]) -> Option<usize> {
+    const FEW: usize = 1 << 20;
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(codes.len() / FEW);
+    if threads < 2 {
+        return find_nan_of(codes);
+    }
+    let part = codes.len().div_ceil(threads);
+    std::thread::scope(|scope| {
+        let find = |(i, codes)| scope.spawn(move || find_nan_of(codes).map(|at| i * part + at));
+        let threads: Vec<_> = codes.chunks(part).enumerate().map(find).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).fold(None, Option::or)
+    })
+}
+
+/// Whole blocks are scanned without a branch, which compiles to vector instructions.
+fn find_nan_of(codes: &[u8]) -> Option<usize> {
     const BLOCK: usize = 1 << 12;
     let is_nan = |block: &[u8]| block.iter().fold(false, |any, code| any | e4m3::is_nan(*code));
     let block = codes.chunks(BLOCK).position(is_nan)?;

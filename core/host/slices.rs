@@ -45,6 +45,15 @@ impl<'a> Slice<'a> {
         self.len() == 0
     }
 
+    /// The elements as they lie in memory.
+    pub fn bytes(self) -> &'a [u8] {
+        match self {
+            Slice::F32(x) => cast_slice(x),
+            Slice::Bf16(x) => cast_slice(x),
+            Slice::E4m3(x) => x,
+        }
+    }
+
     /// `len` elements from `first` on.
     pub fn range(self, first: usize, len: usize) -> Self {
         match self {

@@ -83,7 +83,7 @@ impl ModelFlags {
             kv_cache_memory: self.kv_cache_memory,
             ..EngineOptions::default()
         };
-        LlmOptions { device: self.device.spec(), engine, offline: self.offline }
+        LlmOptions { device: self.device.spec(), engine, offline: self.offline, defer_tokenizer: false }
     }
 
     /// The model's folder or id; an empty QUAVER_MODEL is none.

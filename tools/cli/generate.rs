@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use quaver::core::engine::{FinishReason, Token};
-use quaver::{Completion, Error, Llm, Progress, Prompt, Request, SamplingParams};
+use quaver::{Completion, Error, Llm, LlmOptions, Progress, Prompt, Request, SamplingParams};
 use serde_json::{Value, json};
 
 use super::Usage;
@@ -66,8 +66,9 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Usage("no prompt: give a text, - for stdin, or --messages FILE (see --help)".into()).into());
     }
     let start = Instant::now();
-    let mut llm = args.model.open(count.min(MAX_BATCH))?;
     let only_ids = texts.is_empty() && conversations.is_empty();
+    let options = LlmOptions { defer_tokenizer: only_ids, ..args.model.options(count.min(MAX_BATCH)) };
+    let mut llm = Llm::with_options(args.model.name(), &options)?;
     if only_ids && !llm.has_tokenizer() && !args.json {
         let why = format!("{} has none, so that answers have no text; use --json for token ids", llm.name());
         return Err(Error::text("tokenizer.json", why).into());

@@ -26,12 +26,14 @@
 mod chat_template;
 mod detokenizer;
 mod messages;
+mod reading;
 mod stop_strings;
 mod tojson;
 mod tokenizer;
 
 pub use chat_template::{ChatTemplate, RenderOptions};
 pub use detokenizer::Detokenizer;
+pub use reading::TokenizerReading;
 pub use stop_strings::{Piece, StopStrings};
 pub use tokenizer::Tokenizer;
 
