@@ -71,14 +71,14 @@ struct Scratch {
 /// Queries that are computed side by side, each value of a page being read once for them.
 const QUERIES: usize = 4;
 
-/// The products of `queries[Q, dim]` with 16 keys on their side: eight elements at a time in f32, and these sums in f64.
+/// The products of `queries[Q, dim]` with 16 keys on their side: 16 elements at a time in f32, and these sums in f64.
 #[inline(always)]
 fn dots<M: Math, const Q: usize>(math: M, queries: &[f32], keys: &[[f32; LANES]]) -> [[f64; LANES]; Q] {
     let queries: [&[f32]; Q] = std::array::from_fn(|q| &queries[q * keys.len()..][..keys.len()]);
     let mut sums = [[0f64; LANES]; Q];
-    for first in (0..keys.len()).step_by(8) {
+    for first in (0..keys.len()).step_by(16) {
         let mut parts = [math.splat(0.0); Q];
-        for i in first..keys.len().min(first + 8) {
+        for i in first..keys.len().min(first + 16) {
             let keys = math.load(&keys[i]);
             for q in 0..Q {
                 parts[q] = math.mul_add(math.splat(queries[q][i]), keys, parts[q]);

@@ -19,8 +19,8 @@ mod vector;
 
 use std::sync::Arc;
 
-use quaver_core::host::slices::{ActIn, ActOut, ColsOut, Slice, WeightIn};
-use quaver_core::host::{HostBackend, Kernels, KvIn, RowsIn};
+use quaver_core::host::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
+use quaver_core::host::{HostBackend, Kernels, KvIn, KvOut, RowsIn};
 use quaver_core::op::{DeviceInfo, Heads};
 use quaver_core::sampler::{NO_TOKEN, RowParams, Sampled, Sampler};
 use quaver_core::{Error, Result};
@@ -107,6 +107,10 @@ impl Kernels for CpuKernels {
 
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
         linear::linear(self.isa, Linear { x, w, k, out, add }, &mut self.linear);
+    }
+
+    fn rope_append(&mut self, qkv: Slice, rope: &[f32], rows: RowsIn, heads: Heads, q: SliceMut, kv: KvOut) {
+        self.isa.run(vector::RopeAppend { qkv, rope, rows, heads, q, kv });
     }
 
     fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {

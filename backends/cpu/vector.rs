@@ -2,7 +2,10 @@
 //! [`super::isa::Isa::run`] runs it with: everything is inlined there, which is why loops are `for` loops: what
 //! `for_each` calls may be compiled by itself, without these instructions.
 
-use quaver_core::host::slices::{RowOut, Slice};
+use quaver_core::host::slices::{RowOut, Slice, SliceMut};
+use quaver_core::host::{KvOut, RowsIn};
+use quaver_core::op::Heads;
+use quaver_core::reference::rope_append;
 
 use super::portable::Portable;
 
@@ -90,6 +93,23 @@ impl Work for RmsNorm<'_, '_> {
     fn run(self, _: impl Math) {
         rms_norm(self.x, self.gamma, self.eps, self.row);
         self.out.store(self.row);
+    }
+}
+
+/// [`quaver_core::reference::rope_append`].
+pub struct RopeAppend<'a> {
+    pub qkv: Slice<'a>,
+    pub rope: &'a [f32],
+    pub rows: RowsIn<'a>,
+    pub heads: Heads,
+    pub q: SliceMut<'a>,
+    pub kv: KvOut<'a>,
+}
+
+impl Work for RopeAppend<'_> {
+    #[inline(always)]
+    fn run(self, _: impl Math) {
+        rope_append(self.qkv, self.rope, self.rows, self.heads, self.q, self.kv);
     }
 }
 

@@ -100,7 +100,9 @@ pub fn dot(x: &[f32], w: &[f32]) -> f64 {
 }
 
 /// Rotates q and k of `qkv[m, (q + 2 kv) dim]` by their rows' positions (Su et al. 2021, halves against each other as
-/// Hugging Face's `rotate_half`), writes q, and appends k and v to their pages.
+/// Hugging Face's `rotate_half`), writes q, and appends k and v to their pages. Inlined, so that the cpu backend can have
+/// it compiled for more instructions.
+#[inline(always)]
 pub fn rope_append(qkv: Slice, rope: &[f32], rows: RowsIn, heads: Heads, mut q: SliceMut, mut kv: KvOut) {
     let Heads { q: q_heads, kv: kv_heads, dim } = heads;
     let width = (q_heads + 2 * kv_heads) * dim;
@@ -124,6 +126,7 @@ pub fn rope_append(qkv: Slice, rope: &[f32], rows: RowsIn, heads: Heads, mut q: 
 }
 
 /// Rotates one head: `table` has dim/2 cosines, then dim/2 sines.
+#[inline(always)]
 fn rotate(head: &mut [f32], table: &[f32]) {
     let half = head.len() / 2;
     let (cos, sin) = table.split_at(half);
