@@ -131,12 +131,21 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
                 } else {
                     after
                 };
-                let mut ahead = Ahead::new(next, k, P::CHUNK.min(k), count, m.div_ceil(tile) * n / CHANNELS);
-                let x_panels = x_panels.chunks(tile * lines(k));
-                for (x, products) in x_panels.zip(products.chunks_mut(tile * n)) {
+                let (next, element) = (next.bytes(), channels.bytes().len() / channels.len());
+                let (tiles, len) = (n / CHANNELS, P::CHUNK.min(k) * element);
+                let mut next_channels = Ahead::new(next, count, len, k * element, m.div_ceil(tile) * tiles);
+                for (i, products) in products.chunks_mut(tile * n).enumerate() {
                     let rows = products.len() / n;
-                    let x = &x[lines(start) * rows..][..lines(chunk) * rows];
-                    multiply(path, x, panels, lines(chunk), products, || ahead.tile());
+                    let x = &x_panels[i * tile * lines(k) + lines(start) * rows..];
+                    let (x, rest) = x.split_at(lines(chunk) * rows);
+                    // Behind this panel's other chunks.
+                    let next = rest.get((lines(k) - lines(chunk)) * rows..).unwrap_or_default();
+                    let mut next_rows = Ahead::new(cast_slice(next), 1, size_of_val(x), 0, tiles);
+                    let on_tile = || {
+                        next_channels.tile();
+                        next_rows.tile();
+                    };
+                    multiply(path, x, panels, lines(chunk), products, on_tile);
                 }
             }
         }
@@ -167,40 +176,31 @@ thread_local! {
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch_far(_: &[u8], _: usize) {}
 
-/// Asks, tile by tile, for the codes that are decoded next, so that memory is busy while tiles are computed.
+/// Asks, tile by tile, for what is read next, so that memory is busy while tiles are computed.
 struct Ahead<'a> {
-    /// From the first of them on.
+    /// From the first byte on.
     bytes: &'a [u8],
-    /// Bytes from one channel to the next.
+    /// Lines of a run.
+    run: usize,
+    /// Bytes from one run to the next.
     stride: usize,
-    /// Bytes of a channel's chunk.
-    chunk: usize,
-    channels: usize,
-    /// Channels' lines that a tile asks for.
-    lines: usize,
-    /// Lines that were asked for.
-    asked: usize,
+    /// Lines that each tile asks for.
+    a_tile: usize,
+    /// Lines that remain, and those that were asked for.
+    lines: std::ops::Range<usize>,
 }
 
 impl<'a> Ahead<'a> {
-    /// For chunks of so many elements of channels of `k`, over so many tiles.
-    fn new(next: Slice<'a>, k: usize, chunk: usize, channels: usize, tiles: usize) -> Self {
-        let bytes = next.bytes();
-        let element = bytes.len().checked_div(next.len()).unwrap_or_default();
-        let (stride, chunk) = (k * element, chunk * element);
-        let lines = (channels * chunk).div_ceil(size_of::<Line>()).div_ceil(tiles);
-        Ahead { bytes, stride, chunk, channels, lines, asked: 0 }
+    /// For so many runs of `len` bytes, over so many tiles.
+    fn new(bytes: &'a [u8], runs: usize, len: usize, stride: usize, tiles: usize) -> Self {
+        let run = len.div_ceil(size_of::<Line>());
+        Ahead { bytes, run, stride, a_tile: (runs * run).div_ceil(tiles), lines: 0..runs * run }
     }
 
     fn tile(&mut self) {
-        let a_channel = self.chunk.div_ceil(size_of::<Line>()).max(1);
-        for line in self.asked..self.asked + self.lines {
-            let (channel, line) = (line / a_channel, line % a_channel);
-            if channel < self.channels {
-                prefetch_far(self.bytes, channel * self.stride + line * size_of::<Line>());
-            }
+        for line in self.lines.by_ref().take(self.a_tile) {
+            prefetch_far(self.bytes, line / self.run * self.stride + line % self.run * size_of::<Line>());
         }
-        self.asked += self.lines;
     }
 }
 
