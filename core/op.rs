@@ -159,7 +159,8 @@ pub struct Rows {
     pub position: Buf,
     /// `[sequences, pages]` u32: the page that holds positions `i * page_tokens ..` of a sequence.
     pub page_table: Buf,
-    /// `[sequences, 4]` u32: (first row, rows, seq, first position) of each run of rows of one sequence.
+    /// `[sequences, 4]` u32: (first row, rows, seq, first position) of each run of rows of one sequence, in the
+    /// order of the rows, all of them.
     pub spans: Buf,
 }
 

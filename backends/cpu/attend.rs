@@ -23,7 +23,10 @@ pub fn attend(isa: Isa, attended: &mut Vec<f32>, q: Slice, rows: RowsIn, heads: 
     // Every (row, key-value head) of the output apart, dealt out to the tasks.
     let mut parts = attended.chunks_exact_mut(width / heads.kv);
     let mut tasks: Vec<Task> = Vec::new();
+    let mut next = 0;
     for &[first, count, seq, position] in rows.spans {
+        debug_assert_eq!(first, next, "spans cover the rows in their order");
+        next += count;
         for first_row in (0..count).step_by(BLOCK) {
             let block = BLOCK.min((count - first_row) as usize);
             let (row, position) = ((first + first_row) as usize, (position + first_row) as usize);

@@ -10,7 +10,7 @@ use bytemuck::{cast, pod_read_unaligned};
 use half::bf16;
 use quaver_core::host::slices::Slice;
 
-use super::linear::{CHANNELS, Line, Path};
+use super::linear::{CHANNELS, CacheLine, Path};
 use super::simd;
 
 /// It keeps the error of a long sum small.
@@ -39,11 +39,11 @@ impl Path for Avx2 {
         k.next_multiple_of(2 * LANES)
     }
 
-    fn decode_x(self, x: Slice, _: Slice, into: &mut [Line], stride: usize) {
+    fn decode_x(self, x: Slice, _: Slice, into: &mut [CacheLine], stride: usize) {
         simd::decode_f32(self, x, into, stride);
     }
 
-    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize) {
+    fn decode_w(self, w: Slice, into: &mut [CacheLine], stride: usize) {
         simd::decode_f32(self, w, into, stride);
     }
 
@@ -51,7 +51,7 @@ impl Path for Avx2 {
         simd::row_f32(self, x, w, k, y);
     }
 
-    fn tile(self, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
         simd::tile_f32(self, x, w, sums);
     }
 }
@@ -87,7 +87,7 @@ fn load_rest(row: Slice, i: usize) -> __m256 {
 
 /// Decodes a row to every `stride`th line, padded with zeros.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn decode(row: Slice, into: &mut [Line], stride: usize) {
+pub fn decode(row: Slice, into: &mut [CacheLine], stride: usize) {
     let whole = row.len() / LANES * LANES;
     let load = |i| if i < whole { load8(row, i) } else { load_rest(row, i) };
     for (i, into) in (0..row.len()).step_by(2 * LANES).zip(into.iter_mut().step_by(stride)) {
@@ -124,7 +124,7 @@ pub fn row(x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
 
 /// A tile of up to three rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn tile(x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile(x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
     match sums.len() {
         1 => tile_of::<1>(x, w, sums),
         2 => tile_of::<2>(x, w, sums),
@@ -134,7 +134,7 @@ pub fn tile(x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile_of<const R: usize>(x: &[Line], w: &[Line], out: &mut [[f32; CHANNELS]]) {
+fn tile_of<const R: usize>(x: &[CacheLine], w: &[CacheLine], out: &mut [[f32; CHANNELS]]) {
     let (x, w) = (x.as_chunks::<R>().0, w.as_chunks::<CHANNELS>().0);
     let mut sums = [[_mm256_setzero_ps(); CHANNELS]; R];
     for (x, w) in x.iter().zip(w) {

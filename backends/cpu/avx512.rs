@@ -13,7 +13,7 @@ use quaver_core::e4m3;
 use quaver_core::host::slices::Slice;
 
 use super::avx2::Avx2;
-use super::linear::{CHANNELS, Line, MOST_ROWS, Path};
+use super::linear::{CHANNELS, CacheLine, MOST_ROWS, Path};
 use super::simd;
 
 /// The rows of a tile of so many elements stay in the first-level cache.
@@ -28,7 +28,7 @@ const AHEAD: usize = 512;
 /// Proof that this machine has the instructions: [`Avx512::detect`] is the only way to one.
 /// It carries that of AVX2, which f32 is computed with.
 #[derive(Clone, Copy)]
-pub struct Avx512(pub Avx2);
+pub struct Avx512(Avx2);
 
 impl Avx512 {
     pub fn detect() -> Option<Self> {
@@ -39,6 +39,10 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("avx512bf16");
         Avx2::detect().filter(|_| have).map(Avx512)
+    }
+
+    pub fn avx2(self) -> Avx2 {
+        self.0
     }
 }
 
@@ -52,7 +56,7 @@ impl Path for Avx512 {
         k.next_multiple_of(STEP)
     }
 
-    fn decode_x(self, x: Slice, w: Slice, into: &mut [Line], stride: usize) {
+    fn decode_x(self, x: Slice, w: Slice, into: &mut [CacheLine], stride: usize) {
         match (x, w) {
             (Slice::E4m3(codes), Slice::E4m3(_)) => simd::decode(self, codes, into, stride),
             (Slice::E4m3(codes), _) => copy(&values(codes), into, stride),
@@ -62,7 +66,7 @@ impl Path for Avx512 {
         }
     }
 
-    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize) {
+    fn decode_w(self, w: Slice, into: &mut [CacheLine], stride: usize) {
         match w {
             Slice::E4m3(codes) => simd::decode(self, codes, into, stride),
             Slice::Bf16(w) => copy(w, into, stride),
@@ -74,13 +78,13 @@ impl Path for Avx512 {
         simd::row(self, x, w, k, y);
     }
 
-    fn tile(self, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
         simd::tile(self, x, w, sums);
     }
 }
 
 /// To every `stride`th line, padded with zeros.
-fn copy(row: &[bf16], into: &mut [Line], stride: usize) {
+fn copy(row: &[bf16], into: &mut [CacheLine], stride: usize) {
     let (whole, rest) = row.as_chunks::<32>();
     let mut lines = into.iter_mut().step_by(stride);
     for (line, into) in whole.iter().zip(lines.by_ref()) {
@@ -157,7 +161,7 @@ fn load_codes(codes: &[u8]) -> __m512i {
 
 /// Decodes codes in the order of [`decode64`] to every `stride`th line, padded with zeros.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512vbmi")]
-pub fn decode(codes: &[u8], into: &mut [Line], stride: usize) {
+pub fn decode(codes: &[u8], into: &mut [CacheLine], stride: usize) {
     let tables = tables();
     for (codes, into) in codes.chunks(STEP).zip(into.chunks_mut(2 * stride)) {
         let [first, second] = decode64(load_codes(codes), &tables);
@@ -253,7 +257,7 @@ fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], k: usize) -> [f32; CH
 
 /// A tile of up to [`MOST_ROWS`] rows.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
-pub fn tile(x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile(x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
     match sums.len() {
         1 => tile_of::<1>(x, w, sums),
         2 => tile_of::<2>(x, w, sums),
@@ -266,7 +270,7 @@ pub fn tile(x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
 }
 
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
-fn tile_of<const R: usize>(x: &[Line], w: &[Line], out: &mut [[f32; CHANNELS]]) {
+fn tile_of<const R: usize>(x: &[CacheLine], w: &[CacheLine], out: &mut [[f32; CHANNELS]]) {
     let (x, w) = (x.as_chunks::<R>().0, w.as_chunks::<CHANNELS>().0);
     let mut sums = [[_mm512_setzero_ps(); CHANNELS]; R];
     for (x, w) in x.iter().zip(w) {

@@ -8,9 +8,9 @@ use quaver_core::host::slices::{ActIn, ColsOut, Slice, SliceMut, WeightIn};
 use rayon::prelude::*;
 
 use super::isa::Isa;
-use super::vector::{Math, Work};
 #[cfg(target_arch = "x86_64")]
-use super::{avx512::Avx512, simd::prefetch_far};
+use super::simd::prefetch_far;
+use super::vector::{Math, Work};
 
 /// A way to take dot products: an instruction set, and what elements are decoded to.
 pub trait Path: Copy + Send + Sync {
@@ -27,17 +27,17 @@ pub trait Path: Copy + Send + Sync {
     fn padded(self, k: usize) -> usize;
 
     /// A row of activations, for a weight of the kind of `w`, to every `stride`th line, padded with zeros.
-    fn decode_x(self, x: Slice, w: Slice, into: &mut [Line], stride: usize);
+    fn decode_x(self, x: Slice, w: Slice, into: &mut [CacheLine], stride: usize);
 
     /// A chunk of a row of a weight, as `decode_x`.
-    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize);
+    fn decode_w(self, w: Slice, into: &mut [CacheLine], stride: usize);
 
     /// `y[n] = x[padded] . w[n, k]^T`, the weight decoded in registers.
     fn row(self, x: &[Self::Element], w: Slice, k: usize, y: &mut [f32]);
 
     /// The products of the rows of a panel with the channels of one, a chunk of each: `x[lines, rows]`,
     /// `w[lines, CHANNELS]`. Bit for bit what `row` gives.
-    fn tile(self, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]);
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]);
 }
 
 /// Channels of a tile.
@@ -50,7 +50,7 @@ pub const MOST_ROWS: usize = 6;
 /// that a tile reads its two panels from one end to the other, and rows never compete for the same places of the cache.
 #[derive(Clone, Copy, Zeroable, Pod)]
 #[repr(C, align(64))]
-pub struct Line(pub [u8; 64]);
+pub struct CacheLine(pub [u8; 64]);
 
 /// Channels that a thread decodes at a time where there are several rows: a chunk of each is a part of the second-level
 /// cache.
@@ -70,27 +70,29 @@ pub struct Linear<'a> {
 }
 
 /// Computes it; `decoded` is scratch.
-pub fn linear(isa: Isa, op: Linear, decoded: &mut Vec<Line>) {
+pub fn linear(isa: Isa, op: Linear, decoded: &mut Vec<CacheLine>) {
     let narrow = |data: &Slice| matches!(data, Slice::E4m3(_) | Slice::Bf16(_));
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(path) if narrow(&op.x.data) && op.w.parts.iter().all(narrow) => run(isa, path, op, decoded),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512(Avx512(path)) | Isa::Avx2(path) => run(isa, path, op, decoded),
+        Isa::Avx512(path) => run(isa, path.avx2(), op, decoded),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2(path) => run(isa, path, op, decoded),
         Isa::Portable(path) => run(isa, path, op, decoded),
     }
 }
 
-fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded: &mut Vec<Line>) {
+fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded: &mut Vec<CacheLine>) {
     let m = x.data.len() / k;
     if m == 0 {
         return;
     }
-    let lines = |elements| path.padded(elements) * size_of::<P::Element>() / size_of::<Line>();
+    let lines = |elements| path.padded(elements) * size_of::<P::Element>() / size_of::<CacheLine>();
     // Tiles of nearly equal rows: a small one at the end would take as long as a large one.
     let tile = m.div_ceil(m.div_ceil(P::ROWS));
-    decoded.resize(m * lines(k), Line::zeroed());
-    let decode = |(i, panel): (usize, &mut [Line])| {
+    decoded.resize(m * lines(k), CacheLine::zeroed());
+    let decode = |(i, panel): (usize, &mut [CacheLine])| {
         let rows = tile.min(m - i * tile);
         for j in 0..rows {
             path.decode_x(x.data.row(i * tile + j, k), w.parts[0], &mut panel[j..], rows);
@@ -100,7 +102,7 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
         1 => decode((0, decoded)),
         _ => decoded.par_chunks_mut(tile * lines(k)).enumerate().for_each(decode),
     }
-    let x_panels: &[Line] = decoded;
+    let x_panels: &[CacheLine] = decoded;
     let most = if m == 1 { STREAM_CHANNELS } else { BLOCK_CHANNELS };
     // Enough blocks that every thread gets several.
     let channels = out.n.div_ceil(4 * rayon::current_num_threads()).min(most).next_multiple_of(CHANNELS);
@@ -118,7 +120,7 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
         } else {
             for start in (0..k).step_by(P::CHUNK) {
                 let chunk = P::CHUNK.min(k - start);
-                panels.resize(n * lines(chunk), Line::zeroed());
+                panels.resize(n * lines(chunk), CacheLine::zeroed());
                 for (i, panel) in panels.chunks_exact_mut(CHANNELS * lines(chunk)).enumerate() {
                     for j in 0..CHANNELS {
                         // A panel that is not full is padded with the last channel.
@@ -162,7 +164,7 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
 #[derive(Default)]
 struct Scratch {
     /// The decoded channels, a chunk of each: `[channels / CHANNELS]` panels.
-    panels: Vec<Line>,
+    panels: Vec<CacheLine>,
     /// `[m, channels]`.
     products: Vec<f32>,
 }
@@ -193,20 +195,27 @@ struct Ahead<'a> {
 impl<'a> Ahead<'a> {
     /// For so many runs of `len` bytes, over so many tiles.
     fn new(bytes: &'a [u8], runs: usize, len: usize, stride: usize, tiles: usize) -> Self {
-        let run = len.div_ceil(size_of::<Line>());
+        let run = len.div_ceil(size_of::<CacheLine>());
         Ahead { bytes, run, stride, a_tile: (runs * run).div_ceil(tiles), lines: 0..runs * run }
     }
 
     fn tile(&mut self) {
         for line in self.lines.by_ref().take(self.a_tile) {
-            prefetch_far(self.bytes, line / self.run * self.stride + line % self.run * size_of::<Line>());
+            prefetch_far(self.bytes, line / self.run * self.stride + line % self.run * size_of::<CacheLine>());
         }
     }
 }
 
 /// `products[rows, n] += x . w^T` of a panel of rows and the panels of `n` channels, of so many lines a row; `on_tile`
 /// is called before each tile.
-fn multiply<P: Path>(path: P, x: &[Line], w: &[Line], lines: usize, products: &mut [f32], mut on_tile: impl FnMut()) {
+fn multiply<P: Path>(
+    path: P,
+    x: &[CacheLine],
+    w: &[CacheLine],
+    lines: usize,
+    products: &mut [f32],
+    mut on_tile: impl FnMut(),
+) {
     let (rows, n) = (x.len() / lines, w.len() / lines);
     let mut sums = [[0.0; CHANNELS]; MOST_ROWS];
     for (channel, w) in (0..n).step_by(CHANNELS).zip(w.chunks_exact(CHANNELS * lines)) {

@@ -29,7 +29,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::isa::Isa;
 use self::linear::Linear;
-pub use self::machine::processor;
+use self::machine::processor;
 use crate::Peaks;
 
 /// The cpu backend.
@@ -40,7 +40,7 @@ pub struct CpuKernels {
     isa: Isa,
     pool: Arc<ThreadPool>,
     /// Decoded activations.
-    linear: Vec<linear::Line>,
+    linear: Vec<linear::CacheLine>,
     /// Results of attention before they are rounded.
     attended: Vec<f32>,
 }
@@ -64,16 +64,21 @@ pub fn peaks(threads: Option<usize>, isa: Option<&str>) -> Result<Peaks> {
     Ok(peaks::measure(&pool, isa))
 }
 
-/// One thread a core that this process may use.
+/// One thread a hardware thread that this process may use.
 pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// The processor and how many threads of it are used.
+pub fn name(threads: usize) -> String {
+    format!("{}, {threads} thread{}", processor(), if threads == 1 { "" } else { "s" })
 }
 
 /// What the cpu backend is on this machine.
 pub fn describe(threads: usize, isa: Isa) -> DeviceInfo {
     DeviceInfo {
         backend: "cpu",
-        name: format!("{}, {threads} thread{}", processor(), if threads == 1 { "" } else { "s" }),
+        name: name(threads),
         driver: isa.name().into(),
         memory: machine::memory(),
         native_fp8: false,

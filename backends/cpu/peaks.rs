@@ -13,7 +13,7 @@ use super::simd;
 use super::vector::{Math, Work, mul_add};
 use crate::Peaks;
 
-/// Read in each pass: more than any cache holds.
+/// Read in each pass: more than nearly all caches hold.
 const BUFFER_BYTES: usize = 512 << 20;
 /// Bytes that are asked for ahead of their use.
 const AHEAD: usize = 4 << 10;

@@ -4,7 +4,7 @@
 use bytemuck::cast;
 use quaver_core::host::slices::Slice;
 
-use super::linear::{CHANNELS, Line, Path};
+use super::linear::{CHANNELS, CacheLine, Path};
 
 const LANES: usize = 8;
 /// It keeps the error of a long sum small.
@@ -23,11 +23,11 @@ impl Path for Portable {
         k.next_multiple_of(2 * LANES)
     }
 
-    fn decode_x(self, x: Slice, _: Slice, into: &mut [Line], stride: usize) {
+    fn decode_x(self, x: Slice, _: Slice, into: &mut [CacheLine], stride: usize) {
         self.decode_w(x, into, stride);
     }
 
-    fn decode_w(self, w: Slice, into: &mut [Line], stride: usize) {
+    fn decode_w(self, w: Slice, into: &mut [CacheLine], stride: usize) {
         for (first, into) in (0..w.len()).step_by(2 * LANES).zip(into.iter_mut().step_by(stride)) {
             let mut values = [0f32; 2 * LANES];
             let count = values.len().min(w.len() - first);
@@ -37,19 +37,22 @@ impl Path for Portable {
     }
 
     fn row(self, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
-        let mut channel = vec![0f32; x.len()];
+        let mut decoded = [0f32; CHUNK];
         for (w, y) in w.rows(k).zip(y) {
-            w.load(&mut channel[..k]);
             *y = 0.0;
-            for (x, w) in x.chunks(CHUNK).zip(channel.chunks(CHUNK)) {
+            for (first, x) in (0..k).step_by(CHUNK).zip(x.chunks(CHUNK)) {
+                let (weights, padding) = decoded[..x.len()].split_at_mut(x.len().min(k - first));
+                w.range(first, weights.len()).load(weights);
+                padding.fill(0.0);
                 let mut sums = [0f32; LANES];
-                x.as_chunks().0.iter().zip(w.as_chunks().0).for_each(|(x, w)| add_products(&mut sums, x, w));
+                let products = x.as_chunks().0.iter().zip(decoded.as_chunks().0);
+                products.for_each(|(x, w)| add_products(&mut sums, x, w));
                 *y += reduce(sums);
             }
         }
     }
 
-    fn tile(self, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
         let rows = sums.len();
         for (row, out) in sums.iter_mut().enumerate() {
             let mut sums = [[0f32; LANES]; CHANNELS];

@@ -10,7 +10,7 @@ use quaver_core::host::slices::Slice;
 
 use super::avx2::{self, Avx2};
 use super::avx512::{self, Avx512};
-use super::linear::{CHANNELS, Line};
+use super::linear::{CHANNELS, CacheLine};
 use super::peaks::x86;
 use super::vector::{LANES, Math, Work};
 
@@ -33,7 +33,7 @@ pub fn prefetch(bytes: &[u8], at: usize) {
 }
 
 /// [`avx512::decode`].
-pub fn decode(_: Avx512, codes: &[u8], into: &mut [Line], stride: usize) {
+pub fn decode(_: Avx512, codes: &[u8], into: &mut [CacheLine], stride: usize) {
     // SAFETY: an `Avx512` exists only where its features were detected.
     unsafe { avx512::decode(codes, into, stride) }
 }
@@ -45,13 +45,13 @@ pub fn row(_: Avx512, x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
 }
 
 /// [`avx512::tile`].
-pub fn tile(_: Avx512, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile(_: Avx512, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
     // SAFETY: an `Avx512` exists only where its features were detected.
     unsafe { avx512::tile(x, w, sums) }
 }
 
 /// [`avx2::decode`].
-pub fn decode_f32(_: Avx2, row: Slice, into: &mut [Line], stride: usize) {
+pub fn decode_f32(_: Avx2, row: Slice, into: &mut [CacheLine], stride: usize) {
     // SAFETY: an `Avx2` exists only where its features were detected.
     unsafe { avx2::decode(row, into, stride) }
 }
@@ -63,7 +63,7 @@ pub fn row_f32(_: Avx2, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
 }
 
 /// [`avx2::tile`].
-pub fn tile_f32(_: Avx2, x: &[Line], w: &[Line], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile_f32(_: Avx2, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
     // SAFETY: an `Avx2` exists only where its features were detected.
     unsafe { avx2::tile(x, w, sums) }
 }

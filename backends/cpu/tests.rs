@@ -44,8 +44,13 @@ fn assert_independent(width: usize, op: impl Fn(&mut CpuKernels, usize, usize) -
 
 #[test]
 fn a_row_of_linear_does_not_depend_on_its_neighbours_or_on_threads() {
-    // Longer than the chunks that sums are taken in, and no multiple of anything.
-    let (n, k) = (37, 2611);
+    // Longer than the chunks that sums are taken in, and wider than a thread's blocks; no multiple of anything.
+    for (n, k) in [(37, 2611), (301, 67)] {
+        linear_is_independent(n, k);
+    }
+}
+
+fn linear_is_independent(n: usize, k: usize) {
     let (x, w, scales) = (numbers(ROWS * k, 1), numbers(n * k, 2), numbers(n, 3));
     let codes = |x: &[f32]| x.iter().map(|&x| e4m3::encode(x * 200.0)).collect::<Vec<u8>>();
     let narrow = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<bf16>>();
@@ -53,12 +58,15 @@ fn a_row_of_linear_does_not_depend_on_its_neighbours_or_on_threads() {
     for w in [Slice::F32(&w), Slice::Bf16(&w_bf16), Slice::E4m3(&w_codes)] {
         let parts = [w.range(0, 5 * k), w.range(5 * k, (n - 5) * k)];
         for x in [Slice::F32(&x), Slice::Bf16(&x_bf16), Slice::E4m3(&x_codes)] {
-            assert_independent(n, |kernels, first, rows| {
+            assert_independent(2 * n, |kernels, first, rows| {
                 let x = ActIn { data: x.range(first * k, rows * k), scale: ScaleIn::Static(0.3) };
-                let mut y = vec![0.0; rows * n];
-                let out = ColsOut { data: SliceMut::F32(&mut y), stride: n, first: 0, n };
-                kernels.linear(x, WeightIn { parts: &parts, scale: Some(&scales) }, k, out, false);
-                y
+                let w = WeightIn { parts: &parts, scale: Some(&scales) };
+                let (mut stored, mut sum) = (vec![bf16::ZERO; rows * n], vec![0.7; rows * n]);
+                let out = |data| ColsOut { data, stride: n, first: 0, n };
+                kernels.linear(x, w, k, out(SliceMut::Bf16(&mut stored)), false);
+                kernels.linear(x, w, k, out(SliceMut::F32(&mut sum)), true);
+                let both = stored.chunks(n).zip(sum.chunks(n));
+                both.flat_map(|(stored, sum)| stored.iter().map(|x| x.to_f32()).chain(sum.iter().copied())).collect()
             });
         }
     }

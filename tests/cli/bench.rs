@@ -25,12 +25,14 @@ fn keys(object: &Value) -> BTreeSet<&str> {
 fn the_json_has_a_row_for_every_batch_and_length() {
     let args = ["--batch", "1,3", "--prompt-tokens", "8,20", "--gen-tokens", "2", "--repeat", "2", "--json"];
     let object = bench(&args).json().remove(0);
-    for key in ["model", "backend", "device", "machine", "rows", "variant", "load_ms", "weights_bytes", "kv_bytes"] {
+    for key in
+        ["model", "backend", "device", "machine", "rows", "variant", "load_ms", "weights_bytes", "kv_cache_bytes"]
+    {
         assert!(keys(&object).contains(key), "{key}");
     }
     assert_eq!((&object["model"], &object["backend"]), (&json!("quaver-demo"), &json!("cpu")));
     assert_eq!((&object["scheme"], &object["machine"]["threads"]), (&json!("fp8-channel"), &json!(1)));
-    let (median, range) = (&object["machine"]["bandwidth_gb_s"], &object["machine"]["bandwidth_gb_s_range"]);
+    let (median, range) = (&object["machine"]["bandwidth_gb_s"], &object["machine"]["bandwidth_gb_s_spread"]);
     assert!(range[0].as_f64() <= median.as_f64() && median.as_f64() <= range[1].as_f64());
     if cfg!(target_os = "linux") && !object["peak_memory_bytes"].is_null() {
         let (peak, weights) = (object["peak_memory_bytes"].as_u64(), object["weights_bytes"].as_u64());

@@ -32,9 +32,13 @@ impl Case {
     /// Tokens that a sequence comes to have, at most, where steps have `rows` rows: those that have their prompt behind
     /// them go on until the last prompt is computed, and only then do the measured steps begin.
     pub fn tokens(&self, rows: usize) -> usize {
-        // All rows but one a sequence are left to prompts.
-        let steps = (self.batch * self.prompt_tokens).div_ceil(rows - (self.batch - 1));
-        let waiting = steps - self.prompt_tokens.div_ceil(rows).min(steps);
+        let (mut left, mut waiting) = (self.batch * self.prompt_tokens, 0);
+        // As the scheduler deals rows: one to each sequence that decodes, the others to prompts, oldest first.
+        while left > 0 {
+            let decoding = self.batch - left.div_ceil(self.prompt_tokens);
+            waiting += decoding.min(1);
+            left -= left.min(rows - decoding);
+        }
         self.prompt_tokens + waiting + 1 + self.gen_tokens
     }
 }
@@ -142,6 +146,8 @@ mod tests {
         assert_eq!(tokens(1, 1100, 512), 1100 + 1 + 10);
         // Steps of 8 rows, then of 7: the first sequence waits for the second's two.
         assert_eq!(tokens(2, 8, 8), 8 + 2 + 1 + 10);
-        assert_eq!(tokens(8, 1, 8), 1 + 7 + 1 + 10);
+        assert_eq!(tokens(8, 1, 8), 1 + 1 + 10);
+        // A step computes 32 prompts, the next a sixteenth fewer, and so on.
+        assert_eq!(tokens(512, 16, 512), 16 + 105 + 1 + 10);
     }
 }

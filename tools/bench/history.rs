@@ -29,6 +29,9 @@ const HEADER: [&str; 12] = [
 const KEY: std::ops::Range<usize> = 2..10;
 const VALUE: usize = 10;
 
+/// The longest file that is read: some 300,000 figures.
+const MAX_BYTES: u64 = 64 << 20;
+
 /// See the module.
 pub struct History {
     path: PathBuf,
@@ -40,6 +43,7 @@ impl History {
     /// Reads a file, or makes it; so that one that cannot be used is refused before anything is measured.
     pub fn open(path: &Path) -> Result<Self> {
         let mut file = open(path)?;
+        file.lock_shared().map_err(|e| Error::io("read", path, e))?;
         let text = read(path, &mut file)?;
         let mut reader = csv::Reader::from_reader(text.as_bytes());
         let mut latest = HashMap::new();
@@ -52,8 +56,12 @@ impl History {
         Ok(History { path: path.to_owned(), latest })
     }
 
-    /// A figure over its value in the latest run before this one; None where there was none.
+    /// A figure over its value in the latest run before this one; None where there was none, and for memory that is as
+    /// much as the cases of a run need.
     pub fn to_last(&self, report: &Report, figure: &Figure) -> Option<f64> {
+        if matches!(figure.name, "kv_cache" | "peak_memory") {
+            return None;
+        }
         let key: Vec<String> = row(report, figure, "")[KEY].to_vec();
         self.latest.get(&key).map(|last| figure.value / last)
     }
@@ -80,6 +88,11 @@ impl History {
 }
 
 fn open(path: &Path) -> Result<File> {
+    // A pipe would be waited for.
+    if path.metadata().is_ok_and(|metadata| !metadata.is_file() || metadata.len() > MAX_BYTES) {
+        let why = format!("is no file of at most {} MiB; give another one", MAX_BYTES >> 20);
+        return Err(refuse(path, why));
+    }
     OpenOptions::new().read(true).append(true).create(true).open(path).map_err(|e| Error::io("open", path, e))
 }
 

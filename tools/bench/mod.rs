@@ -27,7 +27,7 @@ pub struct Options {
     pub cases: Vec<Case>,
     /// Runs of each case, behind one that is not measured.
     pub repeat: usize,
-    /// Run each case once more with every op timed by itself.
+    /// Run each case as often again with every op timed by itself.
     pub per_op: bool,
 }
 
@@ -63,7 +63,7 @@ pub fn run(model: Option<&str>, options: &Options, mut on_progress: impl FnMut(&
             run
         };
         let runs = (0..options.repeat).map(run).collect::<Result<Vec<Run>>>()?;
-        cases.push(CaseRuns { case: *case, runs, timed: None });
+        cases.push(CaseRuns { case: *case, runs, timed: Vec::new() });
     }
     drop(runner);
     machine.push(quaver_backends::peaks(&options.llm.device)?);
@@ -73,14 +73,14 @@ pub fn run(model: Option<&str>, options: &Options, mut on_progress: impl FnMut(&
         for case in &mut cases {
             on_progress(&format!("{}: op by op", case.case));
             runner.run(&case.case)?;
-            case.timed = Some(runner.run(&case.case)?);
+            case.timed = (0..options.repeat).map(|_| runner.run(&case.case)).collect::<Result<_>>()?;
         }
     }
     let memory = Memory { weights: plan.weights as u64, kv_cache: plan.kv_cache as u64, peak };
     let cases = cases.into_iter().map(|case| case.report(&machine)).collect();
     Ok(Report {
         model: checkpoint.files().name(),
-        scheme: report::scheme(&checkpoint, options.llm.engine.profile, plan.kv_dtype),
+        scheme: report::scheme(&checkpoint, &engine, plan.kv_dtype),
         device,
         machine,
         load_ms,

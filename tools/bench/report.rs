@@ -6,7 +6,9 @@ use std::time::Duration;
 use quaver_backends::Peaks;
 use quaver_core::checkpoint::{Activations, Checkpoint, WeightStrategy};
 use quaver_core::cost::Cost;
+use quaver_core::engine::EngineOptions;
 use quaver_core::llama::Profile;
+use quaver_core::meter::OpTotal;
 use quaver_core::op::{DType, DeviceInfo};
 
 use super::case::{Case, Measured, Run};
@@ -16,7 +18,8 @@ use super::case::{Case, Measured, Run};
 pub struct Report {
     /// Its folder as it was given, its Hugging Face id, or `quaver-demo`.
     pub model: String,
-    /// How its weights are kept, such as `fp8-channel`, and what differs from the usual profile and KV cache.
+    /// How its weights are kept, such as `fp8-channel`, and what differs from the usual profile, KV cache and rows of a
+    /// step.
     pub scheme: String,
     /// What it ran on.
     pub device: DeviceInfo,
@@ -59,7 +62,7 @@ pub struct Memory {
     pub weights: u64,
     /// The KV cache, all of it.
     pub kv_cache: u64,
-    /// What the process held at most, behind the last case; None where the system does not say.
+    /// What the process held at most until the end of the last case; None where the system does not say.
     pub peak: Option<u64>,
 }
 
@@ -96,7 +99,7 @@ pub struct Phase {
     pub cost: Cost,
     /// What the machine needs for that.
     pub floor: Floor,
-    /// Op by op, the longest first, in a run of its own; empty unless asked for.
+    /// Op by op, the longest first, in runs of their own; empty unless asked for.
     pub ops: Vec<OpReport>,
 }
 
@@ -105,7 +108,7 @@ pub struct Phase {
 pub struct OpReport {
     /// Op and place, such as `linear mlp.down_proj`.
     pub place: String,
-    /// Of all runs.
+    /// Of all of them in a run: the median of the runs.
     pub seconds: f64,
     /// What was counted in them.
     pub cost: Cost,
@@ -159,8 +162,8 @@ pub struct CaseRuns {
     pub case: Case,
     /// At least one.
     pub runs: Vec<Run>,
-    /// The run whose ops were timed.
-    pub timed: Option<Run>,
+    /// The runs whose ops were timed.
+    pub timed: Vec<Run>,
 }
 
 impl CaseRuns {
@@ -171,7 +174,7 @@ impl CaseRuns {
             let (tokens, cost) = (runs[0].tokens, runs[0].totals.cost);
             let seconds = Spread::new(runs.iter().map(|run| run.time.as_secs_f64()));
             let tokens_per_s = Spread::new(runs.iter().map(|run| tokens as f64 / run.time.as_secs_f64()));
-            let ops = self.timed.as_ref().map(|run| ops(of(run), machine)).unwrap_or_default();
+            let ops = ops(&self.timed.iter().map(of).collect::<Vec<_>>(), machine);
             Phase { tokens, seconds, tokens_per_s, cost, floor: Floor::new(cost, machine), ops }
         };
         let ms = |time: &Duration| time.as_secs_f64() * 1e3;
@@ -184,14 +187,16 @@ impl CaseRuns {
     }
 }
 
-fn ops(measured: &Measured, machine: &Machine) -> Vec<OpReport> {
-    let report = |(place, total): (&String, &quaver_core::meter::OpTotal)| OpReport {
+fn ops(runs: &[&Measured], machine: &Machine) -> Vec<OpReport> {
+    let Some(first) = runs.first() else { return Vec::new() };
+    let report = |(place, total): (&String, &OpTotal)| OpReport {
         place: place.clone(),
-        seconds: total.time.as_secs_f64(),
+        // Every run has the same ops.
+        seconds: Spread::new(runs.iter().map(|run| run.totals.ops[place].time.as_secs_f64())).median,
         cost: total.cost,
         floor: Floor::new(total.cost, machine),
     };
-    let mut ops: Vec<OpReport> = measured.totals.ops.iter().map(report).collect();
+    let mut ops: Vec<OpReport> = first.totals.ops.iter().map(report).collect();
     ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
     ops
 }
@@ -282,13 +287,13 @@ impl Report {
 
     /// The processor, and how many threads of it took part.
     pub fn machine_name(&self) -> String {
-        format!("{}, {} threads", quaver_backends::cpu::processor(), self.machine.threads)
+        quaver_backends::cpu::name(self.machine.threads)
     }
 }
 
 /// How a model is kept: `fp8`, `fp8-channel`, `fp8-dynamic` as `quaver synth` names them, or the dtype of its tensors;
-/// behind it a profile and a KV cache other than the usual ones.
-pub fn scheme(checkpoint: &Checkpoint, profile: Profile, kv: DType) -> String {
+/// behind it a profile, a KV cache and rows of a step other than the usual ones.
+pub fn scheme(checkpoint: &Checkpoint, engine: &EngineOptions, kv: DType) -> String {
     let linear = checkpoint.quantization().and_then(|q| q.targets().find_map(|(_, scheme)| scheme));
     let mut name = match linear.map(|linear| (linear.weights, linear.activations)) {
         None => checkpoint.tensors().next().map(|tensor| tensor.dtype.to_string().to_lowercase()).unwrap_or_default(),
@@ -299,11 +304,14 @@ pub fn scheme(checkpoint: &Checkpoint, profile: Profile, kv: DType) -> String {
         Some((WeightStrategy::Tensor, Activations::None)) => "fp8-tensor-weights".into(),
         Some((WeightStrategy::Channel, Activations::None)) => "fp8-channel-weights".into(),
     };
-    if profile == Profile::Exact {
+    if engine.profile == Profile::Exact {
         name += " exact";
     }
     if kv == DType::E4m3 {
         name += " kv-fp8";
+    }
+    if engine.max_num_batched_tokens != EngineOptions::default().max_num_batched_tokens {
+        name += &format!(" r{}", engine.max_num_batched_tokens);
     }
     name
 }

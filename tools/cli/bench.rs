@@ -163,12 +163,15 @@ fn to_json(report: &Report) -> Value {
         "device": device.name,
         "variant": device.driver,
         "machine": {
-            "bandwidth_gb_s": machine.bandwidth.median / 1e9, "bandwidth_gb_s_range": [machine.bandwidth.min / 1e9, machine.bandwidth.max / 1e9],
-            "gflops": machine.flops.median / 1e9, "gflops_range": [machine.flops.min / 1e9, machine.flops.max / 1e9], "threads": machine.threads,
+            "bandwidth_gb_s": machine.bandwidth.median / 1e9,
+            "bandwidth_gb_s_spread": [machine.bandwidth.min / 1e9, machine.bandwidth.max / 1e9],
+            "gflops": machine.flops.median / 1e9,
+            "gflops_spread": [machine.flops.min / 1e9, machine.flops.max / 1e9],
+            "threads": machine.threads,
         },
         "load_ms": report.load_ms,
         "weights_bytes": memory.weights,
-        "kv_bytes": memory.kv_cache,
+        "kv_cache_bytes": memory.kv_cache,
         "peak_memory_bytes": memory.peak,
         "rows": report.cases.iter().map(case_json).collect::<Value>(),
     })

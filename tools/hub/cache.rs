@@ -59,7 +59,8 @@ impl Cached {
         }
         let path = self.folder.join("refs").join(revision);
         make_parent(&path)?;
-        fs::write(&path, commit).map_err(|e| Error::io("write", &path, e))
+        let part = path.with_added_extension(format!("part-{}", std::process::id()));
+        fs::write(&part, commit).and_then(|()| fs::rename(&part, &path)).map_err(|e| Error::io("write", &path, e))
     }
 
     /// The files of a commit.

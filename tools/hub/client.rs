@@ -19,6 +19,9 @@ const MAX_HOPS: usize = 8;
 /// The longest list of a model's files that is read.
 const MAX_LISTING_BYTES: u64 = 32 << 20;
 
+/// The longest that anything but a file's bytes may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A connection to one hub.
 pub struct Client {
     agent: Agent,
@@ -98,8 +101,9 @@ impl Client {
         let response = self.send(&self.file_url(repo, commit, file), Method::Head, Some(file))?;
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         // The linked ones are those of the file; the plain ones, of a redirect, are its own.
-        let etag = text("x-linked-etag").or_else(|| text("etag")).and_then(Etag::parse);
-        let size = text("x-linked-size").or_else(|| text("content-length")).and_then(|size| size.parse().ok());
+        let own = |name| text(name).filter(|_| response.status() == 200);
+        let etag = text("x-linked-etag").or_else(|| own("etag")).and_then(Etag::parse);
+        let size = text("x-linked-size").or_else(|| own("content-length")).and_then(|size| size.parse().ok());
         match (etag, size) {
             (Some(etag), Some(size)) => Ok(FileInfo { etag, size }),
             _ => Err(self.odd(format_args!("the etag and size of {file}"))),
@@ -130,12 +134,17 @@ impl Client {
     /// Sends a request and follows redirects: of a HEAD those within the hub, of a GET all.
     fn send(&self, url: &str, method: Method, file: Option<&str>) -> Result<Response<Body>, Failure> {
         let mut url = url.to_owned();
+        let is_head = matches!(method, Method::Head);
         for _ in 0..MAX_HOPS {
             let mut request = match method {
                 Method::Head => self.agent.head(&url),
                 Method::Get { .. } => self.agent.get(&url),
             };
             request = request.header(header::ACCEPT_ENCODING, "identity");
+            // A file takes as long as it takes; whatever else comes byte by byte is given up.
+            if is_head || file.is_none() {
+                request = request.config().timeout_global(Some(PATIENCE)).build();
+            }
             if let Method::Get { from: from @ 1.. } = method {
                 request = request.header(header::RANGE, format!("bytes={from}-"));
             }
@@ -149,7 +158,6 @@ impl Client {
             match status {
                 200 | 206 => return Ok(response),
                 301 | 302 | 303 | 307 | 308 => {
-                    let is_head = matches!(method, Method::Head);
                     let next = redirect(&url, &response).ok_or_else(|| self.odd("the place that it redirects to"))?;
                     if is_head && (response.headers().contains_key("x-linked-etag") || !self.is_mine(&next)) {
                         return Ok(response);
