@@ -97,7 +97,9 @@ fn fit(checkpoint: &Checkpoint, options: &Options) -> Result<EngineOptions> {
     let context = engine.max_model_len.unwrap_or(checkpoint.config().max_positions);
     let mut longest = 1;
     for case in &options.cases {
-        let tokens = case.tokens(rows);
+        // Steps are counted only where they are few.
+        let alone = case.prompt_tokens + 1 + case.gen_tokens;
+        let tokens = if alone > context { alone } else { case.tokens(rows) };
         if tokens > context {
             let why = format!(
                 "with {} generated ones a sequence comes to {tokens}, the context holds {context}; \
