@@ -1,6 +1,8 @@
 //! The devices that run Quaver's programs, and the choice among them.
 
 pub mod cpu;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 use self::cpu::isa::Isa;
 
@@ -16,6 +18,8 @@ pub enum Kind {
     /// The best that this machine offers.
     #[default]
     Auto,
+    /// Any GPU, or a software adapter, through WGSL.
+    Wgpu,
     /// All cores.
     Cpu,
     /// The specification: slow, and right by definition.
@@ -24,12 +28,13 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, as they are listed to a user.
-    pub const ALL: [Kind; 3] = [Kind::Auto, Kind::Cpu, Kind::Reference];
+    pub const ALL: [Kind; 4] = [Kind::Auto, Kind::Wgpu, Kind::Cpu, Kind::Reference];
 
     /// The name on the command line.
     pub const fn name(self) -> &'static str {
         match self {
             Kind::Auto => "auto",
+            Kind::Wgpu => "wgpu",
             Kind::Cpu => "cpu",
             Kind::Reference => "reference",
         }
@@ -73,33 +78,76 @@ impl fmt::Display for Spec {
 
 /// Opens a device. What was chosen, and why, is one line in the log.
 pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
-    let kind = choose(spec)?;
-    let backend: Box<dyn Backend> = match kind {
-        Kind::Auto | Kind::Cpu => Box::new(cpu::open(spec.threads, spec.variant.as_deref())?),
-        Kind::Reference if spec.variant.is_some() => {
-            return Err(Error::device("reference", "it has no variants; leave --variant out"));
+    let kind = choose(spec);
+    let backend = match kind {
+        Kind::Wgpu => open_wgpu(spec)?,
+        Kind::Auto | Kind::Cpu => {
+            within(spec, kind, 1)?;
+            Box::new(cpu::open(spec.threads, spec.variant.as_deref())?)
         }
-        Kind::Reference => Box::new(Reference::open()),
+        Kind::Reference => {
+            within(spec, kind, 1)?;
+            if spec.variant.is_some() {
+                return Err(Error::device("reference", "it has no variants; leave --variant out"));
+            }
+            Box::new(Reference::open())
+        }
     };
     let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();
     log::info!("backend {name}: {device} ({driver}), asked for {}", spec.kind);
     Ok(backend)
 }
 
-/// The backend that a spec comes to on this machine.
-fn choose(spec: &Spec) -> Result<Kind> {
-    let devices = devices();
-    let kind = match (spec.kind, devices.first()) {
-        (Kind::Auto, Some(best)) => best.kind,
-        (kind, _) => kind,
-    };
-    let count = devices.iter().filter(|device| device.kind == kind).count();
-    if spec.device >= count.max(1) {
-        let why = format!("there is no device {}; this machine has {count} (see `quaver devices`)", spec.device);
-        return Err(Error::device(kind.name(), why));
+/// The backend that a spec comes to on this machine. What it names is not looked for.
+fn choose(spec: &Spec) -> Kind {
+    match spec.kind {
+        Kind::Auto => devices()[0].kind,
+        kind => kind,
     }
-    Ok(kind)
 }
+
+/// Fails where there is no such device.
+fn within(spec: &Spec, kind: Kind, count: usize) -> Result<()> {
+    if spec.device < count {
+        return Ok(());
+    }
+    let why = format!("there is no device {}; this machine has {count} (see `quaver devices`)", spec.device);
+    Err(Error::device(kind.name(), why))
+}
+
+#[cfg(feature = "wgpu")]
+fn find_adapter(spec: &Spec) -> Result<&'static ::wgpu::Adapter> {
+    let adapters = wgpu::adapter::all();
+    if adapters.is_empty() {
+        return Err(Error::device("wgpu", NO_ADAPTER));
+    }
+    within(spec, Kind::Wgpu, adapters.len())?;
+    Ok(&adapters[spec.device])
+}
+
+#[cfg(feature = "wgpu")]
+fn open_wgpu(spec: &Spec) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(wgpu::Wgpu::open(find_adapter(spec)?, spec.variant.as_deref())?))
+}
+
+/// A software adapter can do what the processor can.
+#[cfg(feature = "wgpu")]
+fn wgpu_peaks(spec: &Spec) -> Result<Peaks> {
+    if wgpu::adapter::is_hardware(find_adapter(spec)?) {
+        let why = "what a GPU can do at best is not measured yet; take --backend cpu, or another --device";
+        return Err(Error::device("wgpu", why));
+    }
+    cpu::peaks(spec.threads, None)
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu_peaks(_spec: &Spec) -> Result<Peaks> {
+    Err(Error::device("wgpu", NOT_BUILT))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn open_wgpu(_spec: &Spec) -> Result<Box<dyn Backend>> {
+    Err(Error::device("wgpu", NOT_BUILT))
 
 /// What a device can do at best, measured on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,7 +163,8 @@ pub struct Peaks {
 
 /// Measures what the device that [`open`] would open can do at best. Takes about a second and 512 MiB of memory.
 pub fn peaks(spec: &Spec) -> Result<Peaks> {
-    match choose(spec)? {
+    match choose(spec) {
+        Kind::Wgpu => wgpu_peaks(spec),
         Kind::Auto | Kind::Cpu => cpu::peaks(spec.threads, spec.variant.as_deref()),
         // One thread, and no instruction that not every machine has.
         Kind::Reference => cpu::peaks(Some(1), Some("portable")),
@@ -131,24 +180,43 @@ pub struct Device {
     pub index: usize,
     /// What it is.
     pub info: DeviceInfo,
+    /// The variants of its kernels, the one that is taken first; empty where there is no choice.
+    pub variants: Vec<&'static str>,
 }
 
-/// Every device that [`open`] can open, the one that `auto` takes first.
+/// Every device that [`open`] can open, the one that `auto` takes first: GPUs, the cpu, software adapters.
 pub fn devices() -> Vec<Device> {
-    vec![
-        Device { kind: Kind::Cpu, index: 0, info: cpu::describe(cpu::default_threads(), Isa::all()[0]) },
-        Device { kind: Kind::Reference, index: 0, info: Reference::open().describe() },
-    ]
+    let (mut devices, software): (Vec<_>, Vec<_>) = wgpu_devices().into_iter().partition(|(_, is_gpu)| *is_gpu);
+    let info = cpu::describe(cpu::default_threads(), Isa::all()[0]);
+    let names = Isa::all().iter().map(|isa| isa.name()).collect();
+    devices.push((Device { kind: Kind::Cpu, index: 0, info, variants: names }, false));
+    devices.extend(software);
+    let info = Reference::open().describe();
+    devices.push((Device { kind: Kind::Reference, index: 0, info, variants: Vec::new() }, false));
+    devices.into_iter().map(|(device, _)| device).collect()
+}
+
+/// The adapters, and whether each is a GPU.
+#[cfg(feature = "wgpu")]
+fn wgpu_devices() -> Vec<(Device, bool)> {
+    let device = |(index, adapter): (usize, &::wgpu::Adapter)| {
+        let (info, variants) = (wgpu::adapter::describe(adapter), wgpu::variants(adapter));
+        (Device { kind: Kind::Wgpu, index, info, variants }, wgpu::adapter::is_hardware(adapter))
+    };
+    wgpu::adapter::all().iter().enumerate().map(device).collect()
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu_devices() -> Vec<(Device, bool)> {
+    Vec::new()
 }
 
 /// Every device with each variant of its kernels that it can run: what tests and parity runs go through.
 pub fn variants() -> Vec<Spec> {
     let mut specs = Vec::new();
-    for Device { kind, index: device, .. } in devices() {
-        let names = match kind {
-            Kind::Cpu => Isa::all().iter().map(|isa| Some(isa.name().to_owned())).collect(),
-            Kind::Auto | Kind::Reference => vec![None],
-        };
+    for Device { kind, index: device, variants, .. } in devices() {
+        let names = variants.iter().map(|name| Some((*name).to_owned()));
+        let names: Vec<_> = if variants.is_empty() { vec![None] } else { names.collect() };
         specs.extend(names.into_iter().map(|variant| Spec { kind, device, threads: None, variant }));
     }
     specs
@@ -163,7 +231,20 @@ pub struct Unavailable {
     pub why: &'static str,
 }
 
+const NOT_BUILT: &str = "not in this build";
+
+#[cfg(feature = "wgpu")]
+const NO_ADAPTER: &str = "there is no adapter; install a GPU driver with Vulkan, or the software one (Debian, Ubuntu: \
+                          mesa-vulkan-drivers libvulkan1)";
+
 /// The backends that [`devices`] lists nothing of, and why.
 pub fn unavailable() -> Vec<Unavailable> {
-    ["cuda", "wgpu"].map(|backend| Unavailable { backend, why: "not in this build" }).into()
+    let mut missing = vec![Unavailable { backend: "cuda", why: NOT_BUILT }];
+    #[cfg(feature = "wgpu")]
+    if wgpu::adapter::all().is_empty() {
+        missing.push(Unavailable { backend: "wgpu", why: NO_ADAPTER });
+    }
+    #[cfg(not(feature = "wgpu"))]
+    missing.push(Unavailable { backend: "wgpu", why: NOT_BUILT });
+    missing
 }

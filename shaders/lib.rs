@@ -1,13 +1,39 @@
-//! WGSL source of every op: one `.wgsl` file an op or variant, listed here for the wgpu backend and for the tests that
-//! validate each of them. No logic, no dependency.
+//! WGSL source of every op: one `.wgsl` file an op or variant, joined with the pieces that it shares with others and
+//! listed here for the wgpu backend and for the tests that validate each of them. No logic, no dependency.
 
 /// One shader: the name of its op or variant and its WGSL text.
+#[derive(Debug)]
 pub struct Shader {
-    /// The op's name in snake case, with the variant behind it: `linear`, `linear_gemv`.
+    /// The op's name in snake case, with the variant behind it; its entry point bears the same name.
     pub name: &'static str,
     /// The WGSL text, complete but for the `override` constants that a pipeline fills in.
     pub source: &'static str,
 }
 
+/// A shader and the pieces that it is joined with, all of them files.
+macro_rules! shader {
+    ($name:literal $(, $piece:literal)*) => {
+        Shader { name: $name, source: concat!($(include_str!(concat!($piece, ".wgsl")), "\n",)* include_str!(concat!($name, ".wgsl"))) }
+    };
+}
+
 /// Every shader of this crate.
-pub const SHADERS: &[Shader] = &[];
+pub const SHADERS: &[Shader] = &[
+    shader!("abs_max", "reduce"),
+    shader!("attend", "dtype", "e4m3", "math", "paging"),
+    shader!("attend_merge", "dtype", "e4m3", "math", "reduce", "act"),
+    shader!("copy_pages"),
+    shader!("embed", "dtype"),
+    shader!("gather"),
+    shader!("linear", "dtype", "e4m3"),
+    shader!("quantize", "dtype", "e4m3", "math", "reduce", "act"),
+    shader!("rms_norm", "dtype", "e4m3", "math", "reduce", "act"),
+    shader!("rope_append", "dtype", "e4m3", "paging"),
+    shader!("sample", "dtype", "math", "reduce", "philox"),
+    shader!("swiglu", "dtype", "e4m3", "math", "reduce", "act"),
+];
+
+/// A shader by its name.
+pub fn find(name: &str) -> Option<&'static Shader> {
+    SHADERS.iter().find(|shader| shader.name == name)
+}

@@ -1,0 +1,118 @@
+//! A device and its queue. Whatever goes wrong on it (validation, memory, loss of the device) becomes an ordinary error
+//! that names adapter and driver.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ::wgpu::{
+    Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceDescriptor, ExperimentalFeatures, Features, MapMode,
+    MemoryHints, PollType, Queue, Trace,
+};
+use quaver_core::op::DeviceInfo;
+use quaver_core::{Error, Result};
+
+use super::adapter;
+
+/// See the module.
+pub struct Gpu {
+    pub info: DeviceInfo,
+    pub device: Device,
+    pub queue: Queue,
+    /// What went wrong first, since it was last asked for.
+    fault: Arc<Mutex<Option<String>>>,
+    /// Where results are read from, as large as the largest yet.
+    readback: Option<Buffer>,
+}
+
+impl Gpu {
+    /// Opens an adapter with all that it allows.
+    pub fn open(adapter: &Adapter, features: Features) -> Result<Self> {
+        let info = adapter::describe(adapter);
+        let descriptor = DeviceDescriptor {
+            label: Some("quaver"),
+            required_features: features,
+            required_limits: adapter.limits(),
+            experimental_features: ExperimentalFeatures::disabled(),
+            memory_hints: MemoryHints::Performance,
+            trace: Trace::Off,
+        };
+        let opened = pollster::block_on(adapter.request_device(&descriptor));
+        let (device, queue) = opened.map_err(|e| Error::device(name(&info), format!("cannot be opened: {e}")))?;
+        let fault = Arc::new(Mutex::new(None));
+        let [on_error, on_loss] = [fault.clone(), fault.clone()];
+        device.on_uncaptured_error(Arc::new(move |error: ::wgpu::Error| note(&on_error, explain(&error))));
+        device.set_device_lost_callback(move |reason, message| {
+            note(&on_loss, format!("the device was lost ({reason:?}: {message}); start again, or take --backend cpu"));
+        });
+        Ok(Gpu { info, device, queue, fault, readback: None })
+    }
+
+    /// An error that names adapter and driver.
+    pub fn error(&self, why: impl Into<String>) -> Error {
+        Error::device(name(&self.info), why)
+    }
+
+    /// Fails with what went wrong since the last call.
+    pub fn check(&self) -> Result<()> {
+        match self.fault.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(why) => Err(self.error(why)),
+            None => Ok(()),
+        }
+    }
+
+    /// A zeroed buffer.
+    pub fn buffer(&self, label: &str, size: u64, usage: BufferUsages) -> Result<Buffer> {
+        let size = size.next_multiple_of(4).max(16);
+        let descriptor = BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        let buffer = self.device.create_buffer(&descriptor);
+        self.check()?;
+        Ok(buffer)
+    }
+
+    /// Waits until all that was submitted is done.
+    pub fn wait(&self) -> Result<()> {
+        self.device.poll(PollType::wait_indefinitely()).map_err(|e| self.error(e.to_string()))?;
+        self.check()
+    }
+
+    /// Waits for all that was submitted, and gives bytes of a buffer to `take`; offset and length are multiples of 4.
+    pub fn read(&mut self, from: &Buffer, offset: u64, len: u64, take: impl FnOnce(&[u8])) -> Result<()> {
+        let readback = match self.readback.take() {
+            Some(buffer) if buffer.size() >= len => buffer,
+            _ => self.buffer("readback", len, BufferUsages::COPY_DST | BufferUsages::MAP_READ)?,
+        };
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(from, offset, &readback, 0, len);
+        self.queue.submit([encoder.finish()]);
+        readback.map_async(MapMode::Read, 0..len, |_| ());
+        self.wait()?;
+        let view = readback.get_mapped_range(0..len).map_err(|e| self.error(e.to_string()))?;
+        take(&view);
+        drop(view);
+        readback.unmap();
+        self.readback = Some(readback);
+        self.check()
+    }
+}
+
+fn name(info: &DeviceInfo) -> String {
+    format!("{} ({}, {})", info.backend, info.name, info.driver)
+}
+
+fn note(fault: &Mutex<Option<String>>, why: String) {
+    fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+}
+
+fn explain(error: &::wgpu::Error) -> String {
+    match error {
+        ::wgpu::Error::OutOfMemory { .. } => {
+            "out of device memory; lower --kv-cache-memory, --max-model-len, --max-num-seqs or \
+             --max-num-batched-tokens"
+                .into()
+        }
+        error => one_line(&error.to_string()),
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

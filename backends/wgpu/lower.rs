@@ -1,0 +1,216 @@
+//! From ops to kernels: which shader, which constants, which buffers, how many workgroups.
+
+use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, Weight};
+
+use super::kernel::{Binding, Kernel, code};
+use super::layout::{Layout, Layouts};
+use super::tuning::Tuning;
+
+/// Query heads times rows of an attention tile, and the most elements that a head may have (`attend.wgsl`).
+const MOST_DIM: usize = 256;
+
+/// The kernels of an op, or why it cannot be run.
+pub fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>, String> {
+    let lower = Lower { program, layouts, tuning };
+    for buf in op.reads().into_iter().chain(op.writes()) {
+        lower.whole(op, buf)?;
+    }
+    let kernels = lower.op(op)?;
+    for kernel in &kernels {
+        if let Some(groups) = kernel.grid.iter().find(|groups| **groups > MOST_GROUPS) {
+            return Err(format!("{groups} workgroups along one dimension; at most {MOST_GROUPS}: lower the rows of a step"));
+        }
+    }
+    Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
+}
+
+/// Workgroups along one dimension, WebGPU's `maxComputeWorkgroupsPerDimension`.
+const MOST_GROUPS: u32 = 65535;
+
+struct Lower<'a> {
+    program: &'a Program,
+    layouts: &'a Layouts,
+    tuning: &'a Tuning,
+}
+
+impl Lower<'_> {
+    /// Only the tables of `Embed` and the weights of `Linear` may be in several parts.
+    fn whole(&self, op: &Op, buf: Buf) -> Result<(), String> {
+        let table = match *op {
+            Op::Embed { table, .. } => Some(table),
+            Op::Linear { w: Weight::Real(w) | Weight::Fp8 { codes: w, .. }, .. } => Some(w),
+            _ => None,
+        };
+        let layout = self.layouts.get(buf);
+        if layout.parts.len() > 1 && table != Some(buf) {
+            let (name, bytes) = (&layout.desc.name, layout.desc.bytes());
+            let most = layout.part_bytes(0);
+            return Err(format!(
+                "{name} takes {bytes} bytes, the device binds about {most}; lower --kv-cache-memory, --max-model-len or \
+                 --max-num-batched-tokens"
+            ));
+        }
+        Ok(())
+    }
+
+    fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
+        let wg = self.tuning.workgroup;
+        Ok(match *op {
+            Op::Embed { ids, table, out } => self.embed(ids, table, out),
+            Op::RmsNorm { x, gamma, eps, out } => {
+                let kernel = self.rows_kernel("rms_norm", x, out, vec![eps.to_bits()]);
+                vec![kernel.read(4, x).read(5, gamma)]
+            }
+            Op::Quantize { x, out } => vec![self.rows_kernel("quantize", x, out, Vec::new()).read(4, x)],
+            Op::Linear { x, w, out, add } => self.linear(x, w, out, add),
+            Op::RopeAppend { qkv, rope, rows, heads, q, kv } => vec![self.rope_append(qkv, rope, rows, heads, q, kv)],
+            Op::Attend { q, rows, heads, kv, out } => self.attend(q, rows, heads, kv, out)?,
+            Op::SwiGlu { gate_up, out } => {
+                let kernel = self.rows_kernel("swiglu", gate_up, out, Vec::new());
+                vec![kernel.constant("IN", self.code(gate_up)).read(4, gate_up)]
+            }
+            Op::Gather { x, wanted, out } => {
+                let kernel = Kernel::new("gather", [self.rows(out), 1, 1]).constant("WG", wg);
+                let kernel = kernel.constant("COLS", self.cols(out)).read(1, self.program.live);
+                vec![kernel.write(2, out).read(3, x).read(4, wanted)]
+            }
+            Op::Sample { logits, params, history, out } => {
+                let kernel = Kernel::new("sample", [self.rows(out), 1, 1]).constant("WG", wg);
+                let kernel = kernel.constant("VOCAB", self.cols(logits)).read(1, self.program.live);
+                vec![kernel.write(2, out).write(3, history).read(4, logits).read(5, params)]
+            }
+            Op::CopyPages { kv, page_rows, pairs } => {
+                let page = (page_rows * self.layouts.get(kv.k).stride / 16) as u32;
+                let count = self.layouts.desc(pairs).rows.capacity() as u32;
+                let copy = |cache| {
+                    let kernel = Kernel::new("copy_pages", [page.div_ceil(wg), 1, 1]).constant("WG", wg);
+                    kernel.params([page, count]).write(2, cache).read(3, pairs)
+                };
+                vec![copy(kv.k), copy(kv.v)]
+            }
+            Op::AbsMax { x, out } => {
+                let kernel = Kernel::new("abs_max", [self.rows(x), 1, 1]).constant("WG", wg);
+                let kernel = kernel.constant("AXIS", self.axis(x)).constant("COLS", self.cols(x));
+                vec![kernel.read(1, self.program.live).write(2, out).read(3, x)]
+            }
+        })
+    }
+
+    fn layout(&self, buf: Buf) -> &Layout {
+        self.layouts.get(buf)
+    }
+
+    fn cols(&self, buf: Buf) -> u32 {
+        self.layouts.desc(buf).cols as u32
+    }
+
+    fn code(&self, buf: Buf) -> u32 {
+        code(self.layouts.desc(buf).dtype)
+    }
+
+    /// Rows of an operand that the program touches.
+    fn rows(&self, buf: Buf) -> u32 {
+        self.program.extent(self.layouts.desc(buf).rows) as u32
+    }
+
+    /// The word of `live` that counts an operand's rows.
+    fn axis(&self, buf: Buf) -> u32 {
+        u32::from(matches!(self.layouts.desc(buf).rows, Extent::Wanted(_)))
+    }
+
+    /// A kernel of a workgroup a row that writes activations (`act.wgsl`); `x` has as many rows.
+    fn rows_kernel(&self, shader: &'static str, x: Buf, out: Act, params: Vec<u32>) -> Kernel {
+        let (data, inv, scale) = match out {
+            Act::Real(data) => (data, 1.0, None),
+            Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.inv, None),
+            Act::Fp8 { codes, scale: Scale::PerToken(scale) } => (codes, 1.0, Some(scale)),
+        };
+        let kernel = Kernel::new(shader, [self.rows(data), 1, 1]).constant("WG", self.tuning.workgroup);
+        let kernel = kernel.constant("OUT", self.code(data)).constant("PER_TOKEN", u32::from(scale.is_some()));
+        let kernel = kernel.constant("COLS", self.cols(data)).constant("AXIS", self.axis(x));
+        let kernel = kernel.params([vec![inv.to_bits()], params].concat());
+        let scale = scale.map_or(Binding::Unwritten, |scale| Binding::Write(scale, 0));
+        kernel.read(1, self.program.live).write(2, data).bind(3, scale)
+    }
+
+    fn embed(&self, ids: Buf, table: Buf, out: Buf) -> Vec<Kernel> {
+        let slices = self.layout(table).parts.iter().enumerate();
+        let slice = |(part, rows): (usize, &std::ops::Range<usize>)| {
+            let kernel = Kernel::new("embed", [self.rows(out), 1, 1]).constant("WG", self.tuning.workgroup);
+            let kernel = kernel.constant("COLS", self.cols(out)).constant("TABLE", self.code(table));
+            let kernel = kernel.params([rows.start as u32, rows.len() as u32]).read(1, self.program.live);
+            kernel.write(2, out).read(3, ids).bind(4, Binding::Read(table, part))
+        };
+        slices.map(slice).collect()
+    }
+
+    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool) -> Vec<Kernel> {
+        let (data, static_scale, token_scale) = match x {
+            Act::Real(data) => (data, 1.0, None),
+            Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.scale, None),
+            Act::Fp8 { codes, scale: Scale::PerToken(scale) } => (codes, 1.0, Some(scale)),
+        };
+        let (weight, w_scale) = match w {
+            Weight::Real(weight) => (weight, None),
+            Weight::Fp8 { codes, scale } => (codes, Some(scale)),
+        };
+        let m = self.rows(out.buf);
+        let scale = |buf: Option<Buf>| buf.map_or(Binding::Unread, |buf| Binding::Read(buf, 0));
+        let slice = |(part, rows): (usize, &std::ops::Range<usize>)| {
+            let (n, first) = (rows.len() as u32, out.first + rows.start);
+            let tile = self.tuning.linear(m, n);
+            let shift = u32::from(self.layouts.desc(out.buf).dtype == DType::Bf16) * (first as u32 % 2);
+            let grid = [(n + shift).div_ceil(tile.channels).div_ceil(tile.workgroup), m.div_ceil(tile.rows), 1];
+            let kernel = Kernel::new("linear", grid).constant("WG", tile.workgroup);
+            let kernel = kernel.constant("TM", tile.rows).constant("TN", tile.channels);
+            let kernel = kernel.constant("AXIS", self.axis(out.buf)).constant("K", self.cols(weight));
+            let kernel = kernel.constant("X", self.code(data)).constant("W", self.code(weight));
+            let kernel = kernel.constant("OUT", self.code(out.buf)).constant("ADD", u32::from(add));
+            let kernel = kernel.constant("PER_TOKEN", u32::from(token_scale.is_some()));
+            let stride = self.layout(out.buf).row_words();
+            let kernel = kernel.params([n, rows.start as u32, first as u32, stride, static_scale.to_bits()]);
+            let kernel = kernel.read(1, self.program.live).write(2, out.buf).read(3, data);
+            kernel.bind(4, Binding::Read(weight, part)).bind(5, scale(w_scale)).bind(6, scale(token_scale))
+        };
+        self.layout(weight).parts.iter().enumerate().map(slice).collect()
+    }
+
+    fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
+        let kernel = Kernel::new("rope_append", [self.rows(q), 1, 1]).constant("WG", self.tuning.workgroup);
+        let kernel = kernel.constant("DIM", heads.dim as u32).constant("Q_HEADS", heads.q as u32);
+        let kernel = kernel.constant("KV_HEADS", heads.kv as u32).constant("PAGE", kv.page_tokens as u32);
+        let kernel = kernel.constant("IN", self.code(qkv)).constant("KV", self.code(kv.k));
+        let [k_inv, v_inv] = kv.scales.map_or([1.0; 2], |(k, v)| [k.inv, v.inv]).map(f32::to_bits);
+        let kernel = kernel.params([k_inv, v_inv, self.cols(rows.page_table)]).read(1, self.program.live);
+        let kernel = kernel.write(2, q).write(3, kv.k).write(4, kv.v).read(5, qkv).read(6, rope);
+        kernel.read(7, rows.seq).read(8, rows.position).read(9, rows.page_table)
+    }
+
+    fn attend(&self, q: Buf, rows: Rows, heads: Heads, kv: Kv, out: Act) -> Result<Vec<Kernel>, String> {
+        let Heads { q: q_heads, kv: kv_heads, dim } = heads;
+        let (group, m) = ((q_heads / kv_heads) as u32, self.rows(q));
+        let wg = self.tuning.attend_workgroup;
+        if dim > MOST_DIM || group > wg {
+            return Err(format!("heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {wg} are supported"));
+        }
+        let tile = wg / group;
+        let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
+        let tiles = (m + spans * (tile - 1)) / tile;
+        let splits = self.tuning.splits(tiles * kv_heads as u32);
+        let parts = 4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64;
+        let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
+        let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
+
+        let attend = Kernel::new("attend", [tiles, kv_heads as u32, splits]).constant("WG", wg);
+        let attend = attend.constant("DIM", dim as u32).constant("GROUP", group).constant("SPLITS", splits);
+        let attend = attend.constant("KV_HEADS", kv_heads as u32).constant("PAGE", kv.page_tokens as u32);
+        let attend = attend.constant("IN", self.code(q)).constant("KV", self.code(kv.k));
+        let attend = attend.params([factor.to_bits(), self.cols(rows.page_table)]).read(1, self.program.live);
+        let attend = attend.bind(2, Binding::WriteScratch(parts)).read(3, q).read(4, kv.k).read(5, kv.v);
+        let attend = attend.read(6, rows.page_table).read(7, rows.spans);
+
+        let merge = self.rows_kernel("attend_merge", q, out, vec![v_scale.to_bits()]).constant("DIM", dim as u32);
+        let merge = merge.constant("SPLITS", splits).bind(4, Binding::ReadScratch(parts));
+        Ok(vec![attend, merge])
+    }
+}

@@ -1,0 +1,194 @@
+//! The buffers of a device: allocation, upload, and the host's bytes in and out of the device's layout.
+
+use std::ops::Range;
+
+use ::wgpu::{Buffer, BufferSize, BufferUsages};
+use quaver_core::Result;
+use quaver_core::bytes::Bytes;
+use quaver_core::op::{Buf, BufDesc};
+
+use super::gpu::Gpu;
+use super::layout::{Layout, Layouts};
+
+/// Bytes that an upload stages at a time.
+const STAGE: usize = 8 << 20;
+
+/// Bytes that are staged before the device is waited for, so that loading a model needs no second copy of it.
+const IN_FLIGHT: usize = 64 << 20;
+
+/// See the module.
+#[derive(Default)]
+pub struct Memory {
+    pub layouts: Layouts,
+    buffers: Vec<Resident>,
+    /// Bytes staged since the device was last waited for.
+    staged: usize,
+}
+
+struct Resident {
+    /// One for each part of the layout.
+    parts: Vec<Buffer>,
+    is_constant: bool,
+}
+
+impl Memory {
+    /// The device's buffer of a part.
+    pub fn part(&self, buf: Buf, part: usize) -> &Buffer {
+        &self.buffers[buf.0 as usize].parts[part]
+    }
+
+    /// True where the buffer was loaded and must not be written.
+    pub fn is_constant(&self, buf: Buf) -> bool {
+        self.buffers[buf.0 as usize].is_constant
+    }
+
+    /// A zeroed buffer.
+    pub fn alloc(&mut self, gpu: &Gpu, desc: &BufDesc, is_constant: bool) -> Result<Buf> {
+        let limits = gpu.device.limits();
+        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let layout = Layout::new(desc, limit);
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
+        let parts = (0..layout.parts.len()).map(|part| gpu.buffer(&desc.name, layout.part_bytes(part), usage));
+        self.buffers.push(Resident { parts: parts.collect::<Result<_>>()?, is_constant });
+        Ok(self.layouts.push(layout))
+    }
+
+    /// A constant from parts of consecutive rows.
+    pub fn load(&mut self, gpu: &Gpu, desc: &BufDesc, parts: &[Bytes]) -> Result<Buf> {
+        let (got, row) = (parts.iter().map(|part| part.len()).sum::<usize>(), desc.cols * desc.dtype.size());
+        if got != desc.bytes() || parts.is_empty() || parts.iter().any(|part| part.len() % row != 0) {
+            let (name, need) = (&desc.name, desc.bytes());
+            return Err(gpu.error(format!("{name} takes {need} bytes in whole rows, {got} were given")));
+        }
+        let buf = self.alloc(gpu, desc, true)?;
+        let mut first = 0;
+        for part in parts {
+            for chunk in part.chunks((STAGE / row).max(1) * row) {
+                self.upload(gpu, buf, first, chunk)?;
+                first += chunk.len() / row;
+            }
+        }
+        Ok(buf)
+    }
+
+    /// Writes whole rows from `first` on.
+    fn upload(&mut self, gpu: &Gpu, buf: Buf, first: usize, mut rows: &[u8]) -> Result<()> {
+        let Memory { layouts, buffers, staged } = self;
+        let layout = layouts.get(buf);
+        let mut first = first;
+        for (range, buffer) in layout.parts.iter().zip(&buffers[buf.0 as usize].parts) {
+            let count = range.end.saturating_sub(first).min(rows.len() / layout.row);
+            if first < range.start || count == 0 {
+                continue;
+            }
+            let (own, rest) = rows.split_at(count * layout.row);
+            let offset = ((first - range.start) * layout.stride) as u64;
+            let size = BufferSize::new((count * layout.stride) as u64).expect("at least one row of one element");
+            let view = gpu.queue.write_buffer_with(buffer, offset, size);
+            gpu.check()?;
+            let mut view = view.ok_or_else(|| gpu.error("there is no memory to stage an upload in"))?;
+            match layout.is_plain() {
+                true => view.copy_from_slice(own),
+                false => view.copy_from_slice(&layout.pad(own)),
+            }
+            (first, rows) = (first + count, rest);
+            *staged += count * layout.stride;
+        }
+        if *staged > IN_FLIGHT {
+            gpu.queue.submit([]);
+            gpu.wait()?;
+            *staged = 0;
+        }
+        Ok(())
+    }
+
+    /// Overwrites bytes of a buffer.
+    pub fn write(&mut self, gpu: &mut Gpu, dst: Buf, offset: usize, bytes: &[u8]) -> Result<()> {
+        let range = offset..offset + bytes.len();
+        let is_known = self.layouts.find(dst).is_some_and(|layout| range.end <= layout.desc.bytes());
+        if !is_known || self.is_constant(dst) {
+            return Err(gpu.error(format!("bytes {range:?} of buffer {} cannot be written", dst.0)));
+        }
+        let row = self.layouts.get(dst).row;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if row % 4 == 0 && offset % 4 == 0 && bytes.len() % 4 == 0 && self.layouts.get(dst).is_plain() {
+            return self.write_plain(gpu, dst, offset, bytes);
+        }
+        // What shares rows with others is read first.
+        let rows = offset / row..range.end.div_ceil(row);
+        let mut whole = vec![0; rows.len() * row];
+        if offset % row != 0 || range.end % row != 0 {
+            self.read(gpu, dst, rows.start * row, &mut whole)?;
+        }
+        whole[offset - rows.start * row..][..bytes.len()].copy_from_slice(bytes);
+        self.upload(gpu, dst, rows.start, &whole)
+    }
+
+    /// Overwrites words of a buffer that lies as the host sees it.
+    fn write_plain(&self, gpu: &Gpu, dst: Buf, offset: usize, mut bytes: &[u8]) -> Result<()> {
+        let layout = self.layouts.get(dst);
+        let mut offset = offset;
+        for (part, range) in layout.parts.iter().enumerate() {
+            let (start, end) = (range.start * layout.stride, range.end * layout.stride);
+            let count = end.saturating_sub(offset).min(bytes.len());
+            if offset < start || count == 0 {
+                continue;
+            }
+            let (own, rest) = bytes.split_at(count);
+            gpu.queue.write_buffer(self.part(dst, part), (offset - start) as u64, own);
+            (offset, bytes) = (offset + count, rest);
+        }
+        gpu.check()
+    }
+
+    /// Waits for the device, then copies bytes of a buffer.
+    pub fn read(&self, gpu: &mut Gpu, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
+        let range = offset..offset + into.len();
+        let Some(layout) = self.layouts.find(src).filter(|layout| range.end <= layout.desc.bytes()) else {
+            return Err(gpu.error(format!("bytes {range:?} of buffer {} cannot be read", src.0)));
+        };
+        if into.is_empty() {
+            return gpu.wait();
+        }
+        let rows = offset / layout.row..range.end.div_ceil(layout.row);
+        for (part, own) in layout.parts.iter().enumerate() {
+            let rows = rows.start.max(own.start)..rows.end.min(own.end);
+            if rows.is_empty() {
+                continue;
+            }
+            // A plain buffer is read from the first byte on that is asked for, any other in whole rows.
+            let device = (rows.start - own.start) * layout.stride..(rows.end - own.start) * layout.stride;
+            let (start, skip) = if layout.is_plain() {
+                let skip = range.start.saturating_sub(rows.start * layout.row) / 4 * 4;
+                (device.start + skip, skip)
+            } else {
+                (device.start, 0)
+            };
+            let end = match layout.is_plain() {
+                true => (device.end).min((range.end - own.start * layout.row).next_multiple_of(4)),
+                false => device.end,
+            };
+            let buffer = self.part(src, part);
+            let first = rows.start * layout.row + skip;
+            gpu.read(buffer, start as u64, (end - start).next_multiple_of(4) as u64, |bytes| match layout.is_plain() {
+                true => copy(&range, into, first, bytes),
+                false => {
+                    for (row, bytes) in rows.clone().zip(bytes.chunks_exact(layout.stride)) {
+                        copy(&range, into, row * layout.row, &bytes[..layout.row]);
+                    }
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies what lies in `range` of `bytes`, which begin at `first`, to its place in `into`.
+fn copy(range: &Range<usize>, into: &mut [u8], first: usize, bytes: &[u8]) {
+    let (start, end) = (first.max(range.start), (first + bytes.len()).min(range.end));
+    if start < end {
+        into[start - range.start..end - range.start].copy_from_slice(&bytes[start - first..end - first]);
+    }
+}

@@ -1,0 +1,32 @@
+// e4m3: FP8 codes, four a word, the first in the lowest byte (OCP "FN": no infinity, NaN is 0x7f and 0xff, largest 448).
+// Integer arithmetic alone, so that no driver's handling of subnormals or of rounding counts.
+
+// The values of four codes, all 256 exact.
+fn e4m3x4(w: u32) -> vec4<f32> {
+  let b = vec4<u32>(w) >> vec4<u32>(0u, 8u, 16u, 24u);
+  let m = b & vec4<u32>(0x7fu);
+  let s = (b & vec4<u32>(0x80u)) << vec4<u32>(24u);
+  let normal = (m << vec4<u32>(20u)) + vec4<u32>(0x3c000000u);
+  let subnormal = bitcast<vec4<u32>>(vec4<f32>(m) * 0.001953125);
+  let t = select(select(normal, subnormal, m < vec4<u32>(8u)), vec4<u32>(0x7fc00000u), m == vec4<u32>(0x7fu));
+  return bitcast<vec4<f32>>(t | s);
+}
+
+// The code nearest to x: ties to even, saturating to +-448, infinities too; NaN stays NaN with its sign.
+fn e4m3_encode(x: f32) -> u32 {
+  let u = bitcast<u32>(x);
+  let sign = (u >> 24u) & 0x80u;
+  let a = min(u & 0x7fffffffu, 0x43e00000u);
+  let normal = ((a + 0x7ffffu + ((a >> 20u) & 1u)) >> 20u) - 960u;
+  // Below 2^-6 the codes count steps of 2^-9.
+  let shift = min(141u - (a >> 23u), 31u);
+  let mantissa = (a & 0x7fffffu) | 0x800000u;
+  let subnormal = (mantissa + (1u << (shift - 1u)) - 1u + ((mantissa >> shift) & 1u)) >> shift;
+  let code = select(normal, subnormal, a < 0x3c800000u);
+  return select(code, 0x7fu, (u & 0x7fffffffu) > 0x7f800000u) | sign;
+}
+
+// The codes of four numbers, as a word.
+fn e4m3x4_encode(x: vec4<f32>) -> u32 {
+  return e4m3_encode(x.x) | (e4m3_encode(x.y) << 8u) | (e4m3_encode(x.z) << 16u) | (e4m3_encode(x.w) << 24u);
+}
