@@ -20,7 +20,7 @@ fn abs_max(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     let a = x[row * groups + g] & vec4<u32>(0x7fffffffu);
     amax = max(amax, select(a, vec4<u32>(0u), a > vec4<u32>(0x7f800000u)));
   }
-  let most = workgroup_max_u32(max(max(amax.x, amax.y), max(amax.z, amax.w)), lid);
+  let most = workgroup_max(max(max(amax.x, amax.y), max(amax.z, amax.w)), lid);
   if (lid == 0u) {
     atomicMax(&out[0], most);
   }

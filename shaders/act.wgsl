@@ -34,7 +34,7 @@ fn store_act(row: u32, lid: u32) {
       amax = max(amax, select(a, vec4<u32>(0u), a > vec4<u32>(0x7f800000u)));
     }
     let most = max(max(amax.x, amax.y), max(amax.z, amax.w));
-    let scale = token_scale(bitcast<f32>(workgroup_max_u32(most, lid)));
+    let scale = token_scale(bitcast<f32>(workgroup_max(most, lid)));
     inv = select(divide(1.0, scale), 0.0, bitcast<u32>(scale) == 0x7f800000u);
     if (lid == 0u) {
       out_scale[row] = scale;

@@ -104,10 +104,10 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   var scores: array<f32, CHUNK>;
   var slots: array<u32, CHUNK>;
   for (var first = begin; first < end; first += CHUNK) {
-    let count = min(CHUNK, end - first);
     var most = largest;
-    for (var t = 0u; t < count; t++) {
-      let position = first + t;
+    for (var t = 0u; t < CHUNK; t++) {
+      // Behind the end the last position stands in, and weighs nothing.
+      let position = min(first + t, end - 1u);
       let slot = kv_row(page_table[span.z * p.pages + position / PAGE], workgroup.y, position);
       slots[t] = slot;
       var products = vec4<f32>(0.0);
@@ -115,20 +115,20 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
         products += query4[g] * k4(slot, g);
       }
       let score = ((products.x + products.y) + (products.z + products.w)) * p.scale;
-      scores[t] = select(NONE, score, position <= own);
+      scores[t] = select(NONE, score, first + t <= min(own, end - 1u));
       most = max(most, scores[t]);
     }
     let correction = exp_f32(largest - most);
     largest = most;
     var weights = 0.0;
-    for (var t = 0u; t < count; t++) {
-      scores[t] = select(exp_f32(scores[t] - most), 0.0, first + t > own);
+    for (var t = 0u; t < CHUNK; t++) {
+      scores[t] = select(exp_f32(scores[t] - most), 0.0, scores[t] == NONE);
       weights += scores[t];
     }
     norm = norm * correction + weights;
     for (var g = 0u; g < groups; g++) {
       var values = vec4<f32>(0.0);
-      for (var t = 0u; t < count; t++) {
+      for (var t = 0u; t < CHUNK; t++) {
         values += scores[t] * v4(slots[t], g);
       }
       sums[g] = sums[g] * correction + values;

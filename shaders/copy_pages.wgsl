@@ -1,4 +1,4 @@
-// copy_pages: whole pages of one cache buffer, in the order of pairs[n, 2] (from, to). Reference: reference::copy_pages
+// copy_pages: whole pages of one cache buffer, in the order of pairs[n, 2] (source, to). Reference: reference::copy_pages
 // Each thread copies one place of every page, so that a page may be the source of a later pair.
 // grid (page_words / 4 / WG).
 
@@ -19,10 +19,10 @@ fn copy_pages(@builtin(global_invocation_id) id: vec3<u32>) {
     return;
   }
   for (var i = 0u; i < p.pairs; i++) {
-    let from = pairs[2u * i];
+    let source = pairs[2u * i];
     let to = pairs[2u * i + 1u];
-    if (from != to) {
-      cache[to * p.page + id.x] = cache[from * p.page + id.x];
+    if (source != to) {
+      cache[to * p.page + id.x] = cache[source * p.page + id.x];
     }
   }
 }

@@ -1,8 +1,36 @@
 // e4m3: FP8 codes, four a word, the first in the lowest byte (OCP "FN": no infinity, NaN is 0x7f and 0xff, largest 448).
-// Integer arithmetic alone, so that no driver's handling of subnormals or of rounding counts.
+
+// Decode by way of f16, where the adapter was seen to convert all codes exactly; else by integers.
+override FAST_E4M3: bool;
 
 // The values of four codes, all 256 exact.
 fn e4m3x4(w: u32) -> vec4<f32> {
+  if (FAST_E4M3) {
+    let v = e4m3x4_fast(w);
+    let nan = bitcast<vec4<f32>>(bitcast<vec4<u32>>(v) | vec4<u32>(0x7fc00000u));
+    return select(v, nan, abs(v) == vec4<f32>(480.0));
+  }
+  return e4m3x4_exact(w);
+}
+
+// The same where no code is NaN: weights are refused at load else.
+fn e4m3x4_finite(w: u32) -> vec4<f32> {
+  if (FAST_E4M3) {
+    return e4m3x4_fast(w);
+  }
+  return e4m3x4_exact(w);
+}
+
+// A code is the upper byte of an f16, one exponent bit shorter and 2^8 too small; NaN becomes 480.
+fn e4m3x4_fast(w: u32) -> vec4<f32> {
+  let v = w << 8u;
+  let odd = unpack2x16float((w & 0x80008000u) | ((w & 0x7f007f00u) >> 1u));
+  let even = unpack2x16float((v & 0x80008000u) | ((v & 0x7f007f00u) >> 1u));
+  return vec4<f32>(even.x, odd.x, even.y, odd.y) * 256.0;
+}
+
+// By integer arithmetic alone, so that no driver's handling of subnormals counts.
+fn e4m3x4_exact(w: u32) -> vec4<f32> {
   let b = vec4<u32>(w) >> vec4<u32>(0u, 8u, 16u, 24u);
   let m = b & vec4<u32>(0x7fu);
   let s = (b & vec4<u32>(0x80u)) << vec4<u32>(24u);

@@ -23,12 +23,12 @@ fn embed(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
   if (row >= live[0]) {
     return;
   }
-  let from = ids[row] - p.first;
-  if (from >= p.rows) {
+  let source = ids[row] - p.first;
+  if (source >= p.rows) {
     return;
   }
   let groups = (COLS + 3u) / 4u;
-  let first = from * row_words(TABLE, COLS);
+  let first = source * row_words(TABLE, COLS);
   for (var g = lid; g < groups; g += WG) {
     if (TABLE == BF16) {
       let at = first + 2u * g;

@@ -16,8 +16,8 @@ fn gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     return;
   }
   let groups = (COLS + 3u) / 4u;
-  let from = wanted[row] * groups;
+  let source = wanted[row] * groups;
   for (var g = lid; g < groups; g += WG) {
-    out[row * groups + g] = x[from + g];
+    out[row * groups + g] = x[source + g];
   }
 }

@@ -6,6 +6,8 @@
 pub struct Shader {
     /// The op's name in snake case, with the variant behind it; its entry point bears the same name.
     pub name: &'static str,
+    /// The files that it is joined with, without their ending.
+    pub pieces: &'static [&'static str],
     /// The WGSL text, complete but for the `override` constants that a pipeline fills in.
     pub source: &'static str,
 }
@@ -13,7 +15,11 @@ pub struct Shader {
 /// A shader and the pieces that it is joined with, all of them files.
 macro_rules! shader {
     ($name:literal $(, $piece:literal)*) => {
-        Shader { name: $name, source: concat!($(include_str!(concat!($piece, ".wgsl")), "\n",)* include_str!(concat!($name, ".wgsl"))) }
+        Shader {
+            name: $name,
+            pieces: &[$($piece),*],
+            source: concat!($(include_str!(concat!($piece, ".wgsl")), "\n",)* include_str!(concat!($name, ".wgsl"))),
+        }
     };
 }
 

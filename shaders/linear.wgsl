@@ -46,7 +46,7 @@ fn x4(row: u32, g: u32) -> vec4<f32> {
 fn w4(row: u32, g: u32) -> vec4<f32> {
   let at = row * row_words(W, K);
   if (W == E4M3) {
-    return e4m3x4(w[at + g]);
+    return e4m3x4_finite(w[at + g]);
   } else if (W == BF16) {
     return vec4<f32>(bf16x2(w[at + 2u * g]), bf16x2(w[at + 2u * g + 1u]));
   }

@@ -57,3 +57,9 @@ fn divide(a: f32, b: f32) -> f32 {
   let rounded = (u32(exponent) << 23u) + (quotient & 0x7fffffu) + u32(up);
   return select(bitcast<f32>(rounded), 0.0, u < 0x800000u);
 }
+
+// 1 / sqrt(x) for x > 0: what the driver gives, to the last digit but one, and a step of Newton's.
+fn inverse_sqrt(x: f32) -> f32 {
+  let y = inverseSqrt(x);
+  return y + 0.5 * y * (1.0 - x * y * y);
+}

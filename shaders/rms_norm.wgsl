@@ -30,6 +30,6 @@ fn rms_norm(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocati
     squares += v * v;
   }
   let sum = workgroup_sum((squares.x + squares.y) + (squares.z + squares.w), lid);
-  norm = 1.0 / sqrt(sum / f32(COLS) + p.eps);
+  norm = inverse_sqrt(sum / f32(COLS) + p.eps);
   store_act(row, lid);
 }

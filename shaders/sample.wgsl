@@ -5,12 +5,16 @@
 // keeps is a prefix of that order, given by its last word and id.
 
 override VOCAB: u32;
+override STRIDE: u32;  // words a row of logits
 
 @group(0) @binding(1) var<storage, read> live: array<u32>;
 @group(0) @binding(2) var<storage, read_write> out: array<u32>;  // [w, 44]: sampler::Sampled
 @group(0) @binding(3) var<storage, read_write> history: array<u32>;  // [sequences, VOCAB]: sampler::Count
-@group(0) @binding(4) var<storage, read> logits: array<u32>;  // [w, row_words(F32, VOCAB)], bits of f32
+@group(0) @binding(4) var<storage, read> logits: array<u32>;  // [w, STRIDE], bits of f32
 @group(0) @binding(5) var<storage, read> params: array<u32>;  // [w, 16]: sampler::RowParams
+
+// Ids are taken in blocks of four, as Philox gives words.
+override BLOCKS: u32 = (VOCAB + 3u) / 4u;
 
 const NO_TOKEN = 0xffffffffu;
 const NO_WORD = 0xffffffffu;
@@ -56,8 +60,12 @@ fn value_of(word: u32) -> f32 {
   return bitcast<f32>(select(word, ~word & 0x7fffffffu, word < 0x80000000u));
 }
 
+// The word of a logit; NO_WORD beyond the vocabulary.
 fn logit_word(id: u32) -> u32 {
-  return word_of(logits[row * row_words(F32, VOCAB) + id]);
+  if (id >= VOCAB) {
+    return NO_WORD;
+  }
+  return word_of(logits[row * STRIDE + id]);
 }
 
 // The word of a logit after its penalties.
@@ -82,21 +90,23 @@ fn penalized_word(id: u32) -> u32 {
 
 // The first of the threads' (word, id) pairs.
 fn first_pair(word: u32, id: u32) -> vec2<u32> {
-  let least = workgroup_min_u32(word, lane);
-  return vec2<u32>(least, workgroup_min_u32(select(NO_TOKEN, id, word == least), lane));
+  let least = workgroup_min(word, lane);
+  return vec2<u32>(least, workgroup_min(select(NO_TOKEN, id, word == least), lane));
 }
 
 fn is_before(a: vec2<u32>, b: vec2<u32>) -> bool {
   return a.x < b.x || (a.x == b.x && a.y < b.y);
 }
 
-// The first logit behind a place in the order.
+// The first logit behind a place in the order; where `is_first`, of all.
 fn next_logit(place: vec2<u32>, is_first: bool) -> vec2<u32> {
   var best = vec2<u32>(NO_WORD, NO_TOKEN);
-  for (var id = lane; id < VOCAB; id += WG) {
-    let pair = vec2<u32>(logit_word(id), id);
-    if (pair.x != NO_WORD && (is_first || is_before(place, pair)) && is_before(pair, best)) {
-      best = pair;
+  for (var block = lane; block < BLOCKS; block += WG) {
+    for (var i = 0u; i < 4u; i++) {
+      let pair = vec2<u32>(logit_word(4u * block + i), 4u * block + i);
+      if ((is_first || is_before(place, pair)) && is_before(pair, best)) {
+        best = pair;
+      }
     }
   }
   return first_pair(best.x, best.y);
@@ -105,10 +115,12 @@ fn next_logit(place: vec2<u32>, is_first: bool) -> vec2<u32> {
 // The first of the penalized logits.
 fn first_penalized() -> vec2<u32> {
   var best = vec2<u32>(NO_WORD, NO_TOKEN);
-  for (var id = lane; id < VOCAB; id += WG) {
-    let pair = vec2<u32>(penalized_word(id), id);
-    if (is_before(pair, best)) {
-      best = pair;
+  for (var block = lane; block < BLOCKS; block += WG) {
+    for (var i = 0u; i < 4u; i++) {
+      let pair = vec2<u32>(penalized_word(4u * block + i), 4u * block + i);
+      if (is_before(pair, best)) {
+        best = pair;
+      }
     }
   }
   return first_pair(best.x, best.y);
@@ -125,10 +137,12 @@ fn weight(word: u32, most: f32, by_probability: bool) -> f32 {
 // The weight of the tokens up to `end`, itself included.
 fn mass(end: vec2<u32>, most: f32, by_probability: bool) -> f32 {
   var sum = 0.0;
-  for (var id = lane; id < VOCAB; id += WG) {
-    let pair = vec2<u32>(penalized_word(id), id);
-    if (pair.x != NO_WORD && !is_before(end, pair)) {
-      sum += weight(pair.x, most, by_probability);
+  for (var block = lane; block < BLOCKS; block += WG) {
+    for (var i = 0u; i < 4u; i++) {
+      let pair = vec2<u32>(penalized_word(4u * block + i), 4u * block + i);
+      if (pair.x != NO_WORD && !is_before(end, pair)) {
+        sum += weight(pair.x, most, by_probability);
+      }
     }
   }
   return workgroup_sum(sum, lane);
@@ -169,14 +183,11 @@ fn race(end: vec2<u32>, most: f32) -> u32 {
     floor = ln_f32(min_p);
   }
   var best = vec2<u32>(NO_WORD, NO_TOKEN);
-  for (var block = lane; block < (VOCAB + 3u) / 4u; block += WG) {
+  for (var block = lane; block < BLOCKS; block += WG) {
     var noise = vec4<u32>(0u);
     var has_noise = false;
     for (var i = 0u; i < 4u; i++) {
       let id = 4u * block + i;
-      if (id >= VOCAB) {
-        continue;
-      }
       let word = penalized_word(id);
       if (word == NO_WORD || is_before(end, vec2<u32>(word, id))) {
         continue;
@@ -231,9 +242,12 @@ fn sample(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   penalizes = param(REPETITION) != 1.0 || param(PRESENCE) != 0.0 || param(FREQUENCY) != 0.0;
   let record = row * 44u;
   var faults = 0u;
-  for (var id = lid; id < VOCAB; id += WG) {
-    let bits = logits[row * row_words(F32, VOCAB) + id];
-    faults += u32((bits & 0x7f800000u) == 0x7f800000u && bits != MINUS_INFINITY);
+  for (var block = lid; block < BLOCKS; block += WG) {
+    for (var i = 0u; i < 4u; i++) {
+      let id = min(4u * block + i, VOCAB - 1u);
+      let bits = logits[row * STRIDE + id];
+      faults += u32((bits & 0x7f800000u) == 0x7f800000u && bits != MINUS_INFINITY && id == 4u * block + i);
+    }
   }
   let bad = u32(workgroup_sum(f32(faults), lid));
   let best = next_logit(vec2<u32>(0u), true);
@@ -252,10 +266,12 @@ fn sample(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   }
   let most = value_of(best.x);
   var sum = 0.0;
-  for (var id = lid; id < VOCAB; id += WG) {
-    let word = logit_word(id);
-    if (word != NO_WORD) {
-      sum += exp_f32(value_of(word) - most);
+  for (var block = lid; block < BLOCKS; block += WG) {
+    for (var i = 0u; i < 4u; i++) {
+      let word = logit_word(4u * block + i);
+      if (word != NO_WORD) {
+        sum += exp_f32(value_of(word) - most);
+      }
     }
   }
   let log_sum = ln_f32(workgroup_sum(sum, lid));
@@ -294,8 +310,11 @@ fn sample(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     return;
   }
   var above = 0u;
-  for (var id = lid; id < VOCAB; id += WG) {
-    above += u32(is_before(vec2<u32>(logit_word(id), id), own));
+  for (var block = lid; block < BLOCKS; block += WG) {
+    for (var i = 0u; i < 4u; i++) {
+      let id = 4u * block + i;
+      above += u32(is_before(vec2<u32>(logit_word(id), id), own));
+    }
   }
   let rank = 1u + u32(workgroup_sum(f32(above), lid));
   if (lid == 0u) {

@@ -15,7 +15,12 @@ pub fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> 
     for buf in op.reads().into_iter().chain(op.writes()) {
         lower.whole(op, buf)?;
     }
-    let kernels = lower.op(op)?;
+    let mut kernels = lower.op(op)?;
+    for kernel in &mut kernels {
+        if quaver_shaders::find(kernel.shader).is_some_and(|shader| shader.pieces.contains(&"e4m3")) {
+            kernel.constants.push(("FAST_E4M3", f64::from(u8::from(tuning.fast_e4m3))));
+        }
+    }
     for kernel in &kernels {
         if let Some(groups) = kernel.grid.iter().find(|groups| **groups > MOST_GROUPS) {
             return Err(format!("{groups} workgroups along one dimension; at most {MOST_GROUPS}: lower the rows of a step"));
@@ -54,7 +59,7 @@ impl Lower<'_> {
     }
 
     fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
-        let wg = self.tuning.workgroup;
+        let wg = self.tuning.side * self.tuning.side;
         Ok(match *op {
             Op::Embed { ids, table, out } => self.embed(ids, table, out),
             Op::RmsNorm { x, gamma, eps, out } => {
@@ -75,8 +80,9 @@ impl Lower<'_> {
                 vec![kernel.write(2, out).read(3, x).read(4, wanted)]
             }
             Op::Sample { logits, params, history, out } => {
-                let kernel = Kernel::new("sample", [self.rows(out), 1, 1]).constant("WG", wg);
-                let kernel = kernel.constant("VOCAB", self.cols(logits)).read(1, self.program.live);
+                let kernel = self.reducing("sample", self.rows(out));
+                let kernel = kernel.constant("VOCAB", self.cols(logits));
+                let kernel = kernel.constant("STRIDE", self.layout(logits).row_words()).read(1, self.program.live);
                 vec![kernel.write(2, out).write(3, history).read(4, logits).read(5, params)]
             }
             Op::CopyPages { kv, page_rows, pairs } => {
@@ -89,7 +95,7 @@ impl Lower<'_> {
                 vec![copy(kv.k), copy(kv.v)]
             }
             Op::AbsMax { x, out } => {
-                let kernel = Kernel::new("abs_max", [self.rows(x), 1, 1]).constant("WG", wg);
+                let kernel = self.reducing("abs_max", self.rows(x));
                 let kernel = kernel.constant("AXIS", self.axis(x)).constant("COLS", self.cols(x));
                 vec![kernel.read(1, self.program.live).write(2, out).read(3, x)]
             }
@@ -118,6 +124,12 @@ impl Lower<'_> {
         u32::from(matches!(self.layouts.desc(buf).rows, Extent::Wanted(_)))
     }
 
+    /// A kernel of a workgroup a row that reduces over its threads (`reduce.wgsl`).
+    fn reducing(&self, shader: &'static str, rows: u32) -> Kernel {
+        let side = self.tuning.side;
+        Kernel::new(shader, [rows, 1, 1]).constant("WG", side * side).constant("SIDE", side)
+    }
+
     /// A kernel of a workgroup a row that writes activations (`act.wgsl`); `x` has as many rows.
     fn rows_kernel(&self, shader: &'static str, x: Buf, out: Act, params: Vec<u32>) -> Kernel {
         let (data, inv, scale) = match out {
@@ -125,7 +137,7 @@ impl Lower<'_> {
             Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.inv, None),
             Act::Fp8 { codes, scale: Scale::PerToken(scale) } => (codes, 1.0, Some(scale)),
         };
-        let kernel = Kernel::new(shader, [self.rows(data), 1, 1]).constant("WG", self.tuning.workgroup);
+        let kernel = self.reducing(shader, self.rows(data));
         let kernel = kernel.constant("OUT", self.code(data)).constant("PER_TOKEN", u32::from(scale.is_some()));
         let kernel = kernel.constant("COLS", self.cols(data)).constant("AXIS", self.axis(x));
         let kernel = kernel.params([vec![inv.to_bits()], params].concat());
@@ -136,7 +148,7 @@ impl Lower<'_> {
     fn embed(&self, ids: Buf, table: Buf, out: Buf) -> Vec<Kernel> {
         let slices = self.layout(table).parts.iter().enumerate();
         let slice = |(part, rows): (usize, &std::ops::Range<usize>)| {
-            let kernel = Kernel::new("embed", [self.rows(out), 1, 1]).constant("WG", self.tuning.workgroup);
+            let kernel = Kernel::new("embed", [self.rows(out), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
             let kernel = kernel.constant("COLS", self.cols(out)).constant("TABLE", self.code(table));
             let kernel = kernel.params([rows.start as u32, rows.len() as u32]).read(1, self.program.live);
             kernel.write(2, out).read(3, ids).bind(4, Binding::Read(table, part))
@@ -176,7 +188,7 @@ impl Lower<'_> {
     }
 
     fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
-        let kernel = Kernel::new("rope_append", [self.rows(q), 1, 1]).constant("WG", self.tuning.workgroup);
+        let kernel = Kernel::new("rope_append", [self.rows(q), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
         let kernel = kernel.constant("DIM", heads.dim as u32).constant("Q_HEADS", heads.q as u32);
         let kernel = kernel.constant("KV_HEADS", heads.kv as u32).constant("PAGE", kv.page_tokens as u32);
         let kernel = kernel.constant("IN", self.code(qkv)).constant("KV", self.code(kv.k));
