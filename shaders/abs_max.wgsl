@@ -6,7 +6,7 @@ override COLS: u32;
 
 @group(0) @binding(1) var<storage, read> live: array<u32>;
 @group(0) @binding(2) var<storage, read_write> out: array<atomic<u32>>;  // one f32, not negative: ordered as its bits
-@group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;  // [m, COLS / 4]
+@group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;  // [m, row_words(F32, COLS) / 4]
 
 @compute @workgroup_size(WG)
 fn abs_max(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -17,7 +17,7 @@ fn abs_max(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   let groups = (COLS + 3u) / 4u;
   var amax = vec4<u32>(0u);
   for (var g = lid; g < groups; g += WG) {
-    let a = x[row * groups + g] & vec4<u32>(0x7fffffffu);
+    let a = x[row * row_words(F32, COLS) / 4u + g] & vec4<u32>(0x7fffffffu);
     amax = max(amax, select(a, vec4<u32>(0u), a > vec4<u32>(0x7f800000u)));
   }
   let most = workgroup_max(max(max(amax.x, amax.y), max(amax.z, amax.w)), lid);

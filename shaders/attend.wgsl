@@ -91,7 +91,8 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   let row = span.x + min(index, span.y - 1u);
   let head = workgroup.y * GROUP + lid % GROUP;
   let own = span.w + index;
-  let groups = (DIM + 3u) / 4u;
+  // Rows of the cache are whole blocks of 16; where it has no element, neither has the query.
+  let groups = (DIM + 15u) / 16u * 4u;
   var query4: array<vec4<f32>, 64>;
   var sums: array<vec4<f32>, 64>;
   for (var g = 0u; g < groups; g++) {
@@ -111,8 +112,10 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
       let slot = kv_row(page_table[span.z * p.pages + position / PAGE], workgroup.y, position);
       slots[t] = slot;
       var products = vec4<f32>(0.0);
-      for (var g = 0u; g < groups; g++) {
-        products += query4[g] * k4(slot, g);
+      for (var g = 0u; g < groups; g += 4u) {
+        for (var i = 0u; i < 4u; i++) {
+          products += query4[g + i] * k4(slot, g + i);
+        }
       }
       let score = ((products.x + products.y) + (products.z + products.w)) * p.scale;
       scores[t] = select(NONE, score, first + t <= min(own, end - 1u));
@@ -128,8 +131,10 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     norm = norm * correction + weights;
     for (var g = 0u; g < groups; g++) {
       var values = vec4<f32>(0.0);
-      for (var t = 0u; t < CHUNK; t++) {
-        values += scores[t] * v4(slots[t], g);
+      for (var t = 0u; t < CHUNK; t += 4u) {
+        for (var i = 0u; i < 4u; i++) {
+          values += scores[t + i] * v4(slots[t + i], g);
+        }
       }
       sums[g] = sums[g] * correction + values;
     }

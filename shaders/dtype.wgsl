@@ -1,4 +1,5 @@
-// dtype: how elements are packed into words. Rows of matrices begin at multiples of 16 bytes and end with zeros.
+// dtype: how elements are packed into words. Rows of matrices are padded with zeros to
+// whole blocks of 16 elements.
 
 const F32 = 0u;
 const BF16 = 1u;
@@ -6,7 +7,7 @@ const E4M3 = 2u;
 
 // Words a row of `cols` elements.
 fn row_words(dtype: u32, cols: u32) -> u32 {
-  return ((cols + (4u << dtype) - 1u) >> (2u + dtype)) * 4u;
+  return (cols + 15u) / 16u * (16u >> dtype);
 }
 
 // The two bf16 elements of a word.

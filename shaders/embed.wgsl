@@ -13,7 +13,7 @@ override TABLE: u32;  // its dtype
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
-@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;  // [m, COLS / 4]
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;  // [m, row_words(F32, COLS) / 4]
 @group(0) @binding(3) var<storage, read> ids: array<u32>;  // [m]
 @group(0) @binding(4) var<storage, read> table: array<u32>;  // [rows, row_words(TABLE, COLS)]
 
@@ -29,14 +29,15 @@ fn embed(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
   }
   let groups = (COLS + 3u) / 4u;
   let first = source * row_words(TABLE, COLS);
+  let to = row * row_words(F32, COLS) / 4u;
   for (var g = lid; g < groups; g += WG) {
     if (TABLE == BF16) {
       let at = first + 2u * g;
-      out[row * groups + g] = vec4<f32>(bf16x2(table[at]), bf16x2(table[at + 1u]));
+      out[to + g] = vec4<f32>(bf16x2(table[at]), bf16x2(table[at + 1u]));
     } else {
       let at = first + 4u * g;
       let words = vec4<u32>(table[at], table[at + 1u], table[at + 2u], table[at + 3u]);
-      out[row * groups + g] = bitcast<vec4<f32>>(words);
+      out[to + g] = bitcast<vec4<f32>>(words);
     }
   }
 }

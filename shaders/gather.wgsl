@@ -5,8 +5,8 @@ override WG: u32;
 override COLS: u32;
 
 @group(0) @binding(1) var<storage, read> live: array<u32>;
-@group(0) @binding(2) var<storage, read_write> out: array<vec4<u32>>;  // [w, COLS / 4]
-@group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;  // [m, COLS / 4]
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<u32>>;  // [w, row_words(F32, COLS) / 4]
+@group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;  // [m, as out]
 @group(0) @binding(4) var<storage, read> wanted: array<u32>;  // [w]
 
 @compute @workgroup_size(WG)
@@ -15,7 +15,7 @@ fn gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   if (row >= live[1]) {
     return;
   }
-  let groups = (COLS + 3u) / 4u;
+  let groups = row_words(F32, COLS) / 4u;
   let source = wanted[row] * groups;
   for (var g = lid; g < groups; g += WG) {
     out[row * groups + g] = x[source + g];

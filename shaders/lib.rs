@@ -25,12 +25,12 @@ macro_rules! shader {
 
 /// Every shader of this crate.
 pub const SHADERS: &[Shader] = &[
-    shader!("abs_max", "reduce"),
+    shader!("abs_max", "dtype", "reduce"),
     shader!("attend", "dtype", "e4m3", "math", "paging"),
     shader!("attend_merge", "dtype", "e4m3", "math", "reduce", "act"),
     shader!("copy_pages"),
     shader!("embed", "dtype"),
-    shader!("gather"),
+    shader!("gather", "dtype"),
     shader!("linear", "dtype", "e4m3"),
     shader!("quantize", "dtype", "e4m3", "math", "reduce", "act"),
     shader!("rms_norm", "dtype", "e4m3", "math", "reduce", "act"),

@@ -24,34 +24,53 @@ override ADD: bool;
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
 @group(0) @binding(2) var<storage, read_write> out: array<u32>;  // [m, stride]
-@group(0) @binding(3) var<storage, read> x: array<u32>;  // [m, row_words(X, K)]
-@group(0) @binding(4) var<storage, read> w: array<u32>;  // [n, row_words(W, K)]
+@group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;  // [m, row_words(X, K) / 4]
+@group(0) @binding(4) var<storage, read> w: array<vec4<u32>>;  // [n, row_words(W, K) / 4]
 @group(0) @binding(5) var<storage, read> w_scale: array<f32>;  // [all channels] where W is E4M3
 @group(0) @binding(6) var<storage, read> x_scale: array<f32>;  // [m] where PER_TOKEN
 
-// Groups of four products whose sum is taken on its own.
-const CHUNK = 64u;
+// Blocks of 16 products whose sum is taken on its own.
+const CHUNK = 32u;
 
-fn x4(row: u32, g: u32) -> vec4<f32> {
-  let at = row * row_words(X, K);
+// Blocks of 16 elements as vectors: one of E4M3, two of bf16, four of f32 for each row of the tile.
+alias Blocks = array<vec4<u32>, 32>;
+
+// Elements 4 c .. 4 c + 3 of a row's block.
+fn x4(blocks: ptr<function, Blocks>, i: u32, c: u32) -> vec4<f32> {
   if (X == E4M3) {
-    return e4m3x4(x[at + g]);
+    return e4m3x4((*blocks)[i][c]);
   } else if (X == BF16) {
-    return vec4<f32>(bf16x2(x[at + 2u * g]), bf16x2(x[at + 2u * g + 1u]));
+    let v = (*blocks)[2u * i + c / 2u];
+    let pair = select(v.xy, v.zw, c % 2u == 1u);
+    return vec4<f32>(bf16x2(pair.x), bf16x2(pair.y));
   }
-  let i = at + 4u * g;
-  return bitcast<vec4<f32>>(vec4<u32>(x[i], x[i + 1u], x[i + 2u], x[i + 3u]));
+  return bitcast<vec4<f32>>((*blocks)[4u * i + c]);
 }
 
-fn w4(row: u32, g: u32) -> vec4<f32> {
-  let at = row * row_words(W, K);
+fn w4(blocks: ptr<function, Blocks>, j: u32, c: u32) -> vec4<f32> {
   if (W == E4M3) {
-    return e4m3x4_finite(w[at + g]);
+    return e4m3x4_finite((*blocks)[j][c]);
   } else if (W == BF16) {
-    return vec4<f32>(bf16x2(w[at + 2u * g]), bf16x2(w[at + 2u * g + 1u]));
+    let v = (*blocks)[2u * j + c / 2u];
+    let pair = select(v.xy, v.zw, c % 2u == 1u);
+    return vec4<f32>(bf16x2(pair.x), bf16x2(pair.y));
   }
-  let i = at + 4u * g;
-  return bitcast<vec4<f32>>(vec4<u32>(w[i], w[i + 1u], w[i + 2u], w[i + 3u]));
+  return bitcast<vec4<f32>>((*blocks)[4u * j + c]);
+}
+
+// Adds a quarter of a block's products. Called for each quarter with a constant: drivers unroll these short loops, and
+// keep what they index in registers.
+fn accumulate(xs: ptr<function, Blocks>, ws: ptr<function, Blocks>, c: u32, sums: ptr<function, array<f32, 64>>) {
+  var channels: array<vec4<f32>, 8>;
+  for (var j = 0u; j < TN; j++) {
+    channels[j] = w4(ws, j, c);
+  }
+  for (var i = 0u; i < TM; i++) {
+    let row = x4(xs, i, c);
+    for (var j = 0u; j < TN; j++) {
+      (*sums)[i * TN + j] += dot(row, channels[j]);
+    }
+  }
 }
 
 @compute @workgroup_size(WG)
@@ -64,40 +83,48 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   if (row >= m || tile >= p.n + shift) {
     return;
   }
-  var sums: array<f32, 64>;
-  for (var i = 0u; i < TM * TN; i++) {
-    sums[i] = 0.0;
+  let x_vectors = 4u >> X;  // of a block
+  let w_vectors = 4u >> W;
+  let blocks = (K + 15u) / 16u;
+  var x_rows: array<u32, 8>;
+  for (var i = 0u; i < TM; i++) {
+    x_rows[i] = min(row + i, m - 1u) * blocks * x_vectors;
   }
-  let groups = (K + 3u) / 4u;
-  for (var first = 0u; first < groups; first += CHUNK) {
+  var w_rows: array<u32, 8>;
+  for (var j = 0u; j < TN; j++) {
+    w_rows[j] = min(max(tile + j, shift) - shift, p.n - 1u) * blocks * w_vectors;
+  }
+  var sums: array<f32, 64>;
+  for (var first = 0u; first < blocks; first += CHUNK) {
     var chunk: array<f32, 64>;
-    for (var i = 0u; i < TM * TN; i++) {
-      chunk[i] = 0.0;
-    }
-    let end = min(first + CHUNK, groups);
-    for (var g = first; g < end; g++) {
-      var xs: array<vec4<f32>, 8>;
-      for (var i = 0u; i < TM; i++) {
-        xs[i] = x4(min(row + i, m - 1u), g);
-      }
+    let end = min(first + CHUNK, blocks);
+    for (var block = first; block < end; block++) {
+      var ws: Blocks;
       for (var j = 0u; j < TN; j++) {
-        let ws = w4(min(max(tile + j, shift) - shift, p.n - 1u), g);
-        for (var i = 0u; i < TM; i++) {
-          chunk[i * TN + j] += dot(xs[i], ws);
+        for (var v = 0u; v < w_vectors; v++) {
+          ws[j * w_vectors + v] = w[w_rows[j] + block * w_vectors + v];
         }
       }
+      var xs: Blocks;
+      for (var i = 0u; i < TM; i++) {
+        for (var v = 0u; v < x_vectors; v++) {
+          xs[i * x_vectors + v] = x[x_rows[i] + block * x_vectors + v];
+        }
+      }
+      accumulate(&xs, &ws, 0u, &chunk);
+      accumulate(&xs, &ws, 1u, &chunk);
+      accumulate(&xs, &ws, 2u, &chunk);
+      accumulate(&xs, &ws, 3u, &chunk);
     }
     for (var i = 0u; i < TM * TN; i++) {
       sums[i] += chunk[i];
     }
   }
   for (var i = 0u; i < TM; i++) {
-    if (row + i >= m) {
-      break;
-    }
     for (var j = 0u; j < TN; j++) {
+      // Wraps below zero where the tile begins before the first channel.
       let c = tile + j - shift;
-      if (c < p.n) {
+      if (row + i < m && c < p.n) {
         store(row + i, c, sums[i * TN + j]);
       }
     }

@@ -7,10 +7,10 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
-@group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;  // [m, COLS / 4]
+@group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;  // [m, row_words(F32, COLS) / 4]
 
 fn value4(row: u32, group: u32) -> vec4<f32> {
-  return x[row * ((COLS + 3u) / 4u) + group];
+  return x[row * row_words(F32, COLS) / 4u + group];
 }
 
 @compute @workgroup_size(WG)

@@ -1,9 +1,12 @@
-//! How a buffer lies in device memory. Rows of matrices begin at multiples of 16 bytes and end with zeros, so that
-//! kernels read whole vectors; a buffer beyond what can be bound at once is several, of whole rows each.
+//! How a buffer lies in device memory. Rows of matrices are padded with zeros to whole blocks of 16
+//! elements, so that kernels read whole vectors; a buffer beyond what can be bound at once is several, of whole rows each.
 
 use std::ops::Range;
 
 use quaver_core::op::{Buf, BufDesc, DType};
+
+/// Elements that rows are padded to (`dtype.wgsl`).
+const BLOCK: usize = 16;
 
 /// The layout of one buffer.
 #[derive(Clone, Debug)]
@@ -24,7 +27,7 @@ impl Layout {
         let row = desc.cols * desc.dtype.size();
         // Words that an op indexes one by one, and columns of numbers, are packed.
         let is_packed = desc.dtype == DType::U32 || (desc.dtype == DType::F32 && desc.cols == 1);
-        let stride = if is_packed { row } else { row.next_multiple_of(16) };
+        let stride = if is_packed { row } else { desc.cols.next_multiple_of(BLOCK) * desc.dtype.size() };
         let rows = desc.rows.capacity();
         let most = ((limit as usize) / stride.max(1)).max(1);
         let first = (0..rows.max(1)).step_by(most);

@@ -23,7 +23,9 @@ pub fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> 
     }
     for kernel in &kernels {
         if let Some(groups) = kernel.grid.iter().find(|groups| **groups > MOST_GROUPS) {
-            return Err(format!("{groups} workgroups along one dimension; at most {MOST_GROUPS}: lower the rows of a step"));
+            return Err(format!(
+                "{groups} workgroups along one dimension; at most {MOST_GROUPS}: lower the rows of a step"
+            ));
         }
     }
     Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
@@ -60,6 +62,12 @@ impl Lower<'_> {
 
     fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
         let wg = self.tuning.side * self.tuning.side;
+        // Kernels read rows of f32 as vectors, which a single column is not (`layout.rs`).
+        if let Op::RmsNorm { x, .. } | Op::Quantize { x, .. } | Op::Gather { x, .. } | Op::AbsMax { x, .. } = *op
+            && self.cols(x) == 1
+        {
+            return Err("rows of a single column".into());
+        }
         Ok(match *op {
             Op::Embed { ids, table, out } => self.embed(ids, table, out),
             Op::RmsNorm { x, gamma, eps, out } => {
@@ -148,7 +156,8 @@ impl Lower<'_> {
     fn embed(&self, ids: Buf, table: Buf, out: Buf) -> Vec<Kernel> {
         let slices = self.layout(table).parts.iter().enumerate();
         let slice = |(part, rows): (usize, &std::ops::Range<usize>)| {
-            let kernel = Kernel::new("embed", [self.rows(out), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
+            let kernel =
+                Kernel::new("embed", [self.rows(out), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
             let kernel = kernel.constant("COLS", self.cols(out)).constant("TABLE", self.code(table));
             let kernel = kernel.params([rows.start as u32, rows.len() as u32]).read(1, self.program.live);
             kernel.write(2, out).read(3, ids).bind(4, Binding::Read(table, part))
@@ -188,7 +197,8 @@ impl Lower<'_> {
     }
 
     fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
-        let kernel = Kernel::new("rope_append", [self.rows(q), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
+        let kernel =
+            Kernel::new("rope_append", [self.rows(q), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
         let kernel = kernel.constant("DIM", heads.dim as u32).constant("Q_HEADS", heads.q as u32);
         let kernel = kernel.constant("KV_HEADS", heads.kv as u32).constant("PAGE", kv.page_tokens as u32);
         let kernel = kernel.constant("IN", self.code(qkv)).constant("KV", self.code(kv.k));
@@ -203,12 +213,15 @@ impl Lower<'_> {
         let (group, m) = ((q_heads / kv_heads) as u32, self.rows(q));
         let wg = self.tuning.attend_workgroup;
         if dim > MOST_DIM || group > wg {
-            return Err(format!("heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {wg} are supported"));
+            return Err(format!(
+                "heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {wg} are supported"
+            ));
         }
         let tile = wg / group;
         let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
         let tiles = (m + spans * (tile - 1)) / tile;
-        let splits = self.tuning.splits(tiles * kv_heads as u32);
+        let context = self.cols(rows.page_table) * kv.page_tokens as u32;
+        let splits = self.tuning.splits(tiles * kv_heads as u32, context);
         let parts = 4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64;
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
         let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;

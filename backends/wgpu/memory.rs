@@ -172,11 +172,13 @@ impl Memory {
             };
             let buffer = self.part(src, part);
             let first = rows.start * layout.row + skip;
-            gpu.read(buffer, start as u64, (end - start).next_multiple_of(4) as u64, |bytes| match layout.is_plain() {
-                true => copy(&range, into, first, bytes),
-                false => {
-                    for (row, bytes) in rows.clone().zip(bytes.chunks_exact(layout.stride)) {
-                        copy(&range, into, row * layout.row, &bytes[..layout.row]);
+            gpu.read(buffer, start as u64, (end - start).next_multiple_of(4) as u64, |bytes| {
+                match layout.is_plain() {
+                    true => copy(&range, into, first, bytes),
+                    false => {
+                        for (row, bytes) in rows.clone().zip(bytes.chunks_exact(layout.stride)) {
+                            copy(&range, into, row * layout.row, &bytes[..layout.row]);
+                        }
                     }
                 }
             })?;

@@ -55,9 +55,11 @@ impl Pipelines {
         if !kernel.params.is_empty() {
             entries.push(entry(0, BufferBindingType::Uniform));
         }
-        entries.extend(kernel.bindings.iter().map(|(binding, buffer)| {
-            entry(*binding, BufferBindingType::Storage { read_only: !buffer.is_written() })
-        }));
+        entries.extend(
+            kernel.bindings.iter().map(|(binding, buffer)| {
+                entry(*binding, BufferBindingType::Storage { read_only: !buffer.is_written() })
+            }),
+        );
         let layout = gpu.device.create_bind_group_layout(&BindGroupLayoutDescriptor { label, entries: &entries });
         let pipeline_layout = gpu.device.create_pipeline_layout(&PipelineLayoutDescriptor {
             label,

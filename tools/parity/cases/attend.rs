@@ -73,6 +73,9 @@ pub fn add(list: &mut List) {
         let name = format!("decode_m{}_ctx{context}_gqa4", spans.len());
         plain(name, Shape { spans, cache: Cache::Bf16, ..PLAIN });
     }
+    // Longer than what a device may do in one loop.
+    let long = Shape { spans: &[(40_000, 1)], cache: Cache::Fp8, heads: Heads { q: 2, kv: 1, dim: 64 }, ..PLAIN };
+    plain("decode_ctx40001".into(), long);
     plain("prefill_130_rows".into(), Shape { spans: &[(0, 130)], ..PLAIN });
     plain("prefill_70_rows_behind_300".into(), Shape { spans: &[(300, 70)], cache: Cache::Fp8, ..PLAIN });
     plain("two_sequences_share_pages".into(), Shape { spans: &[(64, 9), (70, 3)], shared: 4, ..PLAIN });
