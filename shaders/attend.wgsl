@@ -19,8 +19,8 @@ override KV: u32;  // the dtype of the cache
 @group(0) @binding(1) var<storage, read> live: array<u32>;
 @group(0) @binding(2) var<storage, read_write> parts: array<f32>;  // [m, q heads, SPLITS, DIM + 2]: sums, largest score, norm
 @group(0) @binding(3) var<storage, read> q: array<u32>;  // [m, row_words(IN, q heads DIM)]
-@group(0) @binding(4) var<storage, read> k: array<u32>;  // [rows, row_words(KV, DIM)]
-@group(0) @binding(5) var<storage, read> v: array<u32>;  // as k
+@group(0) @binding(4) var<storage, read> k: array<vec4<u32>>;  // [rows, row_words(KV, DIM) / 4]
+@group(0) @binding(5) var<storage, read> v: array<vec4<u32>>;  // as k
 @group(0) @binding(6) var<storage, read> page_table: array<u32>;  // [sequences, pages]
 @group(0) @binding(7) var<storage, read> spans: array<vec4<u32>>;  // first row, rows, seq, first position
 
@@ -29,38 +29,64 @@ const CHUNK = 16u;
 // Below every score.
 const NONE = -3e38;
 
-fn k4(row: u32, g: u32) -> vec4<f32> {
-  let at = row * row_words(KV, DIM);
+// 16 elements of a row of the cache.
+fn k16(row: u32, block: u32) -> mat4x4<f32> {
+  let at = (row * ((DIM + 15u) / 16u) + block) * (4u >> KV);
   if (KV == E4M3) {
-    return e4m3x4(k[at + g]);
+    return codes16(k[at]);
   } else if (KV == BF16) {
-    return vec4<f32>(bf16x2(k[at + 2u * g]), bf16x2(k[at + 2u * g + 1u]));
+    return bf16x16(k[at], k[at + 1u]);
   }
-  let i = at + 4u * g;
-  return bitcast<vec4<f32>>(vec4<u32>(k[i], k[i + 1u], k[i + 2u], k[i + 3u]));
+  return f32x16(k[at], k[at + 1u], k[at + 2u], k[at + 3u]);
 }
 
-fn v4(row: u32, g: u32) -> vec4<f32> {
-  let at = row * row_words(KV, DIM);
+fn v16(row: u32, block: u32) -> mat4x4<f32> {
+  let at = (row * ((DIM + 15u) / 16u) + block) * (4u >> KV);
   if (KV == E4M3) {
-    return e4m3x4(v[at + g]);
+    return codes16(v[at]);
   } else if (KV == BF16) {
-    return vec4<f32>(bf16x2(v[at + 2u * g]), bf16x2(v[at + 2u * g + 1u]));
+    return bf16x16(v[at], v[at + 1u]);
   }
-  let i = at + 4u * g;
-  return bitcast<vec4<f32>>(vec4<u32>(v[i], v[i + 1u], v[i + 2u], v[i + 3u]));
+  return f32x16(v[at], v[at + 1u], v[at + 2u], v[at + 3u]);
 }
 
-fn query(row: u32, head: u32, d: u32) -> f32 {
-  if (d >= DIM) {
-    return 0.0;
-  }
-  let column = head * DIM + d;
+fn codes16(a: vec4<u32>) -> mat4x4<f32> {
+  return mat4x4<f32>(e4m3x4(a.x), e4m3x4(a.y), e4m3x4(a.z), e4m3x4(a.w));
+}
+
+fn bf16x16(a: vec4<u32>, b: vec4<u32>) -> mat4x4<f32> {
+  return mat4x4<f32>(
+    vec4<f32>(bf16x2(a.x), bf16x2(a.y)),
+    vec4<f32>(bf16x2(a.z), bf16x2(a.w)),
+    vec4<f32>(bf16x2(b.x), bf16x2(b.y)),
+    vec4<f32>(bf16x2(b.z), bf16x2(b.w)),
+  );
+}
+
+fn f32x16(a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>) -> mat4x4<f32> {
+  return mat4x4<f32>(bitcast<vec4<f32>>(a), bitcast<vec4<f32>>(b), bitcast<vec4<f32>>(c), bitcast<vec4<f32>>(d));
+}
+
+fn product(a: mat4x4<f32>, b: mat4x4<f32>) -> f32 {
+  return (dot(a[0], b[0]) + dot(a[1], b[1])) + (dot(a[2], b[2]) + dot(a[3], b[3]));
+}
+
+// Four elements of a query, zeros behind its end.
+fn query4(row: u32, head: u32, d: u32) -> vec4<f32> {
   let first = row * row_words(IN, KV_HEADS * GROUP * DIM);
-  if (IN == BF16) {
-    return bf16x2(q[first + column / 2u])[column % 2u];
+  var x = vec4<f32>(0.0);
+  for (var i = 0u; i < 4u; i++) {
+    let column = head * DIM + d + i;
+    if (d + i >= DIM) {
+      continue;
+    }
+    if (IN == BF16) {
+      x[i] = bf16x2(q[first + column / 2u])[column % 2u];
+    } else {
+      x[i] = bitcast<f32>(q[first + column]);
+    }
   }
-  return bitcast<f32>(q[first + column]);
+  return x;
 }
 
 @compute @workgroup_size(WG)
@@ -91,52 +117,62 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   let row = span.x + min(index, span.y - 1u);
   let head = workgroup.y * GROUP + lid % GROUP;
   let own = span.w + index;
-  // Rows of the cache are whole blocks of 16; where it has no element, neither has the query.
-  let groups = (DIM + 15u) / 16u * 4u;
-  var query4: array<vec4<f32>, 64>;
-  var sums: array<vec4<f32>, 64>;
-  for (var g = 0u; g < groups; g++) {
-    let d = 4u * g;
-    query4[g] = vec4<f32>(query(row, head, d), query(row, head, d + 1u), query(row, head, d + 2u), query(row, head, d + 3u));
-    sums[g] = vec4<f32>(0.0);
+  let blocks = (DIM + 15u) / 16u;
+  var queries: array<mat4x4<f32>, 16>;
+  var sums: array<mat4x4<f32>, 16>;
+  for (var b = 0u; b < blocks; b++) {
+    let d = 16u * b;
+    queries[b] = mat4x4<f32>(
+      query4(row, head, d), query4(row, head, d + 4u), query4(row, head, d + 8u), query4(row, head, d + 12u));
   }
   var largest = NONE;
   var norm = 0.0;
-  var scores: array<f32, CHUNK>;
-  var slots: array<u32, CHUNK>;
+  var scores: array<vec4<f32>, 4>;
+  var slots: array<vec4<u32>, 4>;
   for (var first = begin; first < end; first += CHUNK) {
-    var most = largest;
-    for (var t = 0u; t < CHUNK; t++) {
+    var most = vec4<f32>(largest);
+    for (var t = 0u; t < 4u; t++) {
       // Behind the end the last position stands in, and weighs nothing.
-      let position = min(first + t, end - 1u);
-      let slot = kv_row(page_table[span.z * p.pages + position / PAGE], workgroup.y, position);
-      slots[t] = slot;
-      var products = vec4<f32>(0.0);
-      for (var g = 0u; g < groups; g += 4u) {
-        for (var i = 0u; i < 4u; i++) {
-          products += query4[g + i] * k4(slot, g + i);
-        }
+      let place = vec4<u32>(first + 4u * t) + vec4<u32>(0u, 1u, 2u, 3u);
+      let at = min(place, vec4<u32>(end - 1u));
+      let pages = span.z * p.pages;
+      slots[t] = vec4<u32>(
+        kv_row(page_table[pages + at.x / PAGE], workgroup.y, at.x),
+        kv_row(page_table[pages + at.y / PAGE], workgroup.y, at.y),
+        kv_row(page_table[pages + at.z / PAGE], workgroup.y, at.z),
+        kv_row(page_table[pages + at.w / PAGE], workgroup.y, at.w),
+      );
+      var score = vec4<f32>(0.0);
+      for (var b = 0u; b < blocks; b++) {
+        let own = queries[b];
+        score += vec4<f32>(
+          product(own, k16(slots[t].x, b)),
+          product(own, k16(slots[t].y, b)),
+          product(own, k16(slots[t].z, b)),
+          product(own, k16(slots[t].w, b)),
+        );
       }
-      let score = ((products.x + products.y) + (products.z + products.w)) * p.scale;
-      scores[t] = select(NONE, score, first + t <= min(own, end - 1u));
+      scores[t] = select(vec4<f32>(NONE), score * p.scale, place <= vec4<u32>(min(own, end - 1u)));
       most = max(most, scores[t]);
     }
-    let correction = exp_f32(largest - most);
-    largest = most;
-    var weights = 0.0;
-    for (var t = 0u; t < CHUNK; t++) {
-      scores[t] = select(exp_f32(scores[t] - most), 0.0, scores[t] == NONE);
+    let top = max(max(most.x, most.y), max(most.z, most.w));
+    let correction = exp_f32(largest - top);
+    largest = top;
+    var weights = vec4<f32>(0.0);
+    for (var t = 0u; t < 4u; t++) {
+      let s = scores[t] - vec4<f32>(top);
+      let weight = vec4<f32>(exp_f32(s.x), exp_f32(s.y), exp_f32(s.z), exp_f32(s.w));
+      scores[t] = select(weight, vec4<f32>(0.0), scores[t] == vec4<f32>(NONE));
       weights += scores[t];
     }
-    norm = norm * correction + weights;
-    for (var g = 0u; g < groups; g++) {
-      var values = vec4<f32>(0.0);
-      for (var t = 0u; t < CHUNK; t += 4u) {
-        for (var i = 0u; i < 4u; i++) {
-          values += scores[t + i] * v4(slots[t + i], g);
-        }
+    norm = norm * correction + ((weights.x + weights.y) + (weights.z + weights.w));
+    for (var b = 0u; b < blocks; b++) {
+      var values = mat4x4<f32>();
+      for (var t = 0u; t < 4u; t++) {
+        let near = v16(slots[t].x, b) * scores[t].x + v16(slots[t].y, b) * scores[t].y;
+        values += near + (v16(slots[t].z, b) * scores[t].z + v16(slots[t].w, b) * scores[t].w);
       }
-      sums[g] = sums[g] * correction + values;
+      sums[b] = sums[b] * correction + values;
     }
   }
   if (!is_row) {
@@ -144,7 +180,7 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   }
   let at = ((row * KV_HEADS * GROUP + head) * SPLITS + workgroup.z) * (DIM + 2u);
   for (var d = 0u; d < DIM; d++) {
-    parts[at + d] = sums[d / 4u][d % 4u];
+    parts[at + d] = sums[d / 16u][d / 4u % 4u][d % 4u];
   }
   parts[at + DIM] = largest;
   parts[at + DIM + 1u] = norm;

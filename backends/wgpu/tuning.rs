@@ -30,7 +30,7 @@ pub struct Tile {
 impl Tuning {
     /// For processors that pose as GPUs.
     pub const SOFTWARE: Tuning =
-        Tuning { side: 8, attend_workgroup: 64, longest_part: 8192, fast_e4m3: true, busy: 8 };
+        Tuning { side: 8, attend_workgroup: 64, longest_part: 16384, fast_e4m3: true, busy: 8 };
 
     /// The tile for `m` rows and `n` channels. On lavapipe a tile of 8 x 4 has 13 GFLOP/s a core, one of 8 x 8 3 (its
     /// loops are not unrolled any more); one row with 8 channels a thread reads 2.4 GB/s a core, with 4 1.5.
