@@ -113,8 +113,10 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   let end = min(begin + part, context);
 
   let index = tile * rows + lid / GROUP;  // of the row in its span
-  let is_row = index < span.y && lid < rows * GROUP;
-  let row = span.x + min(index, span.y - 1u);
+  if (index >= span.y || lid >= rows * GROUP) {
+    return;
+  }
+  let row = span.x + index;
   let head = workgroup.y * GROUP + lid % GROUP;
   let own = span.w + index;
   let blocks = (DIM + 15u) / 16u;
@@ -174,9 +176,6 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
       }
       sums[b] = sums[b] * correction + values;
     }
-  }
-  if (!is_row) {
-    return;
   }
   let at = ((row * KV_HEADS * GROUP + head) * SPLITS + workgroup.z) * (DIM + 2u);
   for (var d = 0u; d < DIM; d++) {
