@@ -14,6 +14,16 @@ if ! command -v cc >/dev/null; then
   $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends gcc libc6-dev
 fi
 
+if ! ls /usr/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json >/dev/null 2>&1; then
+  if ! command -v apt-get >/dev/null; then
+    echo "check.sh: there is no Vulkan driver; install one, or Mesa's software driver (lavapipe)" >&2
+    exit 1
+  fi
+  echo "installing the software Vulkan driver, which the wgpu backend is tested on"
+  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+  $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers libvulkan1
+fi
+
 run() { echo "== $*"; "$@"; }
 run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings

@@ -130,6 +130,11 @@ fn open_wgpu(spec: &Spec) -> Result<Box<dyn Backend>> {
     Ok(Box::new(wgpu::Wgpu::open(find_adapter(spec)?, spec.variant.as_deref())?))
 }
 
+#[cfg(not(feature = "wgpu"))]
+fn open_wgpu(_spec: &Spec) -> Result<Box<dyn Backend>> {
+    Err(Error::device("wgpu", NOT_BUILT))
+}
+
 /// A software adapter can do what the processor can.
 #[cfg(feature = "wgpu")]
 fn wgpu_peaks(spec: &Spec) -> Result<Peaks> {
@@ -144,10 +149,6 @@ fn wgpu_peaks(spec: &Spec) -> Result<Peaks> {
 fn wgpu_peaks(_spec: &Spec) -> Result<Peaks> {
     Err(Error::device("wgpu", NOT_BUILT))
 }
-
-#[cfg(not(feature = "wgpu"))]
-fn open_wgpu(_spec: &Spec) -> Result<Box<dyn Backend>> {
-    Err(Error::device("wgpu", NOT_BUILT))
 
 /// What a device can do at best, measured on it.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -29,6 +29,7 @@ pub const SHADERS: &[Shader] = &[
     shader!("attend", "dtype", "e4m3", "math", "paging"),
     shader!("attend_merge", "dtype", "e4m3", "math", "reduce", "act"),
     shader!("copy_pages"),
+    shader!("e4m3_codes", "e4m3"),
     shader!("embed", "dtype"),
     shader!("gather", "dtype"),
     shader!("linear", "dtype", "e4m3"),

@@ -1,8 +1,10 @@
 //! The buffers of a device: allocation, upload, and the host's bytes in and out of the device's layout.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use ::wgpu::{Buffer, BufferSize, BufferUsages};
+use bytemuck::cast_slice_mut;
 use quaver_core::Result;
 use quaver_core::bytes::Bytes;
 use quaver_core::op::{Buf, BufDesc};
@@ -23,6 +25,8 @@ pub struct Memory {
     buffers: Vec<Resident>,
     /// Bytes staged since the device was last waited for.
     staged: usize,
+    /// What was last written to buffers of three words: a program's `live` is one of them.
+    threes: HashMap<Buf, [u32; 3]>,
 }
 
 struct Resident {
@@ -40,6 +44,11 @@ impl Memory {
     /// True where the buffer was loaded and must not be written.
     pub fn is_constant(&self, buf: Buf) -> bool {
         self.buffers[buf.0 as usize].is_constant
+    }
+
+    /// The three words of a program's `live` buffer.
+    pub fn live(&self, buf: Buf) -> [u32; 3] {
+        self.threes.get(&buf).copied().unwrap_or_default()
     }
 
     /// A zeroed buffer.
@@ -73,7 +82,7 @@ impl Memory {
 
     /// Writes whole rows from `first` on.
     fn upload(&mut self, gpu: &Gpu, buf: Buf, first: usize, mut rows: &[u8]) -> Result<()> {
-        let Memory { layouts, buffers, staged } = self;
+        let Memory { layouts, buffers, staged, .. } = self;
         let layout = layouts.get(buf);
         let mut first = first;
         for (range, buffer) in layout.parts.iter().zip(&buffers[buf.0 as usize].parts) {
@@ -113,13 +122,17 @@ impl Memory {
         if bytes.is_empty() {
             return Ok(());
         }
-        if row % 4 == 0 && offset % 4 == 0 && bytes.len() % 4 == 0 && self.layouts.get(dst).is_plain() {
+        if self.layouts.desc(dst).bytes() == 12 {
+            let words = self.threes.entry(dst).or_default();
+            cast_slice_mut(words)[offset..][..bytes.len()].copy_from_slice(bytes);
+        }
+        if [row, offset, bytes.len()].iter().all(|n| n.is_multiple_of(4)) && self.layouts.get(dst).is_plain() {
             return self.write_plain(gpu, dst, offset, bytes);
         }
         // What shares rows with others is read first.
         let rows = offset / row..range.end.div_ceil(row);
         let mut whole = vec![0; rows.len() * row];
-        if offset % row != 0 || range.end % row != 0 {
+        if !(offset.is_multiple_of(row) && range.end.is_multiple_of(row)) {
             self.read(gpu, dst, rows.start * row, &mut whole)?;
         }
         whole[offset - rows.start * row..][..bytes.len()].copy_from_slice(bytes);

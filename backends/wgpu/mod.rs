@@ -20,7 +20,7 @@ use ::wgpu::{
 use bytemuck::cast_slice;
 use quaver_core::bytes::Bytes;
 use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Op, Plan, Program, Step};
-use quaver_core::{Error, Result};
+use quaver_core::{Error, Result, e4m3};
 
 use self::gpu::Gpu;
 use self::kernel::{Binding, Kernel};
@@ -46,8 +46,16 @@ pub struct Wgpu {
     scratch: Vec<Buffer>,
     /// Bound where a kernel has a buffer that it does not use: read, written.
     unused: [Buffer; 2],
-    plans: Vec<Vec<Dispatch>>,
+    plans: Vec<Recorded>,
     steps: u64,
+}
+
+/// A program on the device.
+struct Recorded {
+    dispatches: Vec<Dispatch>,
+    live: Buf,
+    /// Rows, wanted rows and spans, at most.
+    most: [u32; 3],
 }
 
 /// A kernel on the device.
@@ -68,16 +76,58 @@ impl Wgpu {
         let gpu = Gpu::open(adapter, Features::empty())?;
         let unused = || gpu.buffer("unused", 16, BufferUsages::STORAGE);
         let unused = [unused()?, unused()?];
-        Ok(Wgpu {
+        let mut wgpu = Wgpu {
             gpu,
-            tuning: Tuning::SOFTWARE,
+            tuning: Tuning::PORTABLE,
             memory: Memory::default(),
             pipelines: Pipelines::default(),
             scratch: Vec::new(),
             unused,
             plans: Vec::new(),
             steps: 0,
-        })
+        };
+        wgpu.tuning.fast_e4m3 = wgpu.decodes_fast()?;
+        if !wgpu.tuning.fast_e4m3 {
+            log::warn!(
+                "{}: decoding FP8 by integers, since this driver's f16 is not exact: slower",
+                wgpu.gpu.info.name
+            );
+        }
+        Ok(wgpu)
+    }
+
+    /// True where decoding by way of f16 gives the value of every finite code, and +-480 for NaN (`e4m3.wgsl`).
+    fn decodes_fast(&mut self) -> Result<bool> {
+        let kernel = Kernel::new("e4m3_codes", [1, 1, 1]).constant("FAST_E4M3", 1);
+        let kernel = kernel.bind(2, Binding::WriteScratch(1024));
+        let dispatch = self.dispatch(&kernel, None)?;
+        self.submit(&[dispatch])?;
+        let scratch = self.scratch(1024)?;
+        let mut is_exact = true;
+        self.gpu.read(&scratch, 0, 1024, |bytes| {
+            let want = |code: usize| match code {
+                0x7f => 480.0,
+                0xff => -480.0,
+                _ => e4m3::VALUES[code],
+            };
+            let got = bytes.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b));
+            is_exact = got.enumerate().all(|(code, bits)| bits == want(code).to_bits());
+        })?;
+        Ok(is_exact)
+    }
+
+    /// Queues kernels as one compute pass.
+    fn submit(&self, dispatches: &[Dispatch]) -> Result<()> {
+        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
+        let mut pass = encoder.begin_compute_pass(&ComputePassDescriptor::default());
+        for Dispatch { pipeline, bindings, grid: [x, y, z] } in dispatches {
+            pass.set_pipeline(pipeline);
+            pass.set_bind_group(0, bindings, &[]);
+            pass.dispatch_workgroups(*x, *y, *z);
+        }
+        drop(pass);
+        self.gpu.queue.submit([encoder.finish()]);
+        self.gpu.check()
     }
 
     /// A scratch buffer of at least so many bytes.
@@ -85,14 +135,14 @@ impl Wgpu {
         match self.scratch.last() {
             Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
             _ => {
-                let buffer = self.gpu.buffer("scratch", bytes, BufferUsages::STORAGE)?;
+                let buffer = self.gpu.buffer("scratch", bytes, BufferUsages::STORAGE | BufferUsages::COPY_SRC)?;
                 self.scratch.push(buffer.clone());
                 Ok(buffer)
             }
         }
     }
 
-    fn dispatch(&mut self, kernel: &Kernel, uniforms: &Buffer, offset: usize) -> Result<Dispatch> {
+    fn dispatch(&mut self, kernel: &Kernel, uniform: Option<BufferBinding>) -> Result<Dispatch> {
         let mut buffers = Vec::new();
         for &(binding, bound) in &kernel.bindings {
             let buffer = match bound {
@@ -105,10 +155,8 @@ impl Wgpu {
         }
         let pipeline = self.pipelines.get(&self.gpu, kernel)?;
         let mut entries = Vec::new();
-        if !kernel.params.is_empty() {
-            let size = BufferSize::new(UNIFORM as u64);
-            let binding = BufferBinding { buffer: uniforms, offset: offset as u64, size };
-            entries.push(BindGroupEntry { binding: 0, resource: BindingResource::Buffer(binding) });
+        if let Some(uniform) = uniform.filter(|_| !kernel.params.is_empty()) {
+            entries.push(BindGroupEntry { binding: 0, resource: BindingResource::Buffer(uniform) });
         }
         for (binding, buffer) in &buffers {
             entries.push(BindGroupEntry { binding: *binding, resource: buffer.as_entire_binding() });
@@ -163,26 +211,30 @@ impl Backend for Wgpu {
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
         let uniforms = self.gpu.buffer("uniforms", 4 * words.len() as u64, usage)?;
         self.gpu.queue.write_buffer(&uniforms, 0, cast_slice(&words));
-        let dispatches = kernels.iter().enumerate().map(|(i, kernel)| self.dispatch(kernel, &uniforms, i * UNIFORM));
-        let plan = dispatches.collect::<Result<_>>()?;
-        self.plans.push(plan);
+        let dispatches = kernels.iter().enumerate().map(|(i, kernel)| {
+            let (offset, size) = ((i * UNIFORM) as u64, BufferSize::new(UNIFORM as u64));
+            self.dispatch(kernel, Some(BufferBinding { buffer: &uniforms, offset, size }))
+        });
+        let dispatches = dispatches.collect::<Result<_>>()?;
+        let spans = program.lines.iter().filter_map(|line| match line.op {
+            Op::Attend { rows, .. } => Some(self.memory.layouts.desc(rows.spans).rows.capacity() as u32),
+            _ => None,
+        });
+        let most = [program.rows as u32, program.wanted as u32, spans.min().unwrap_or(u32::MAX)];
+        self.plans.push(Recorded { dispatches, live: program.live, most });
         Ok(Plan(self.plans.len() as u32 - 1))
     }
 
     fn run(&mut self, plan: Plan) -> Result<Step> {
-        let Some(dispatches) = self.plans.get(plan.0 as usize) else {
+        let Some(Recorded { dispatches, live, most }) = self.plans.get(plan.0 as usize) else {
             return Err(self.gpu.error(format!("there is no plan {}", plan.0)));
         };
-        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
-        let mut pass = encoder.begin_compute_pass(&ComputePassDescriptor::default());
-        for Dispatch { pipeline, bindings, grid: [x, y, z] } in dispatches {
-            pass.set_pipeline(pipeline);
-            pass.set_bind_group(0, bindings, &[]);
-            pass.dispatch_workgroups(*x, *y, *z);
+        let live = self.memory.live(*live);
+        if live.iter().zip(most).any(|(live, most)| live > most) {
+            let why = format!("a step of {live:?} rows, wanted ones and spans, in a program of {most:?}");
+            return Err(self.gpu.error(why));
         }
-        drop(pass);
-        self.gpu.queue.submit([encoder.finish()]);
-        self.gpu.check()?;
+        self.submit(dispatches)?;
         self.steps += 1;
         Ok(Step(self.steps))
     }

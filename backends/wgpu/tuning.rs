@@ -28,8 +28,8 @@ pub struct Tile {
 }
 
 impl Tuning {
-    /// For processors that pose as GPUs.
-    pub const SOFTWARE: Tuning =
+    /// No subgroups, no f16, no large workgroups: runs everywhere. Cut for processors that pose as GPUs.
+    pub const PORTABLE: Tuning =
         Tuning { side: 8, attend_workgroup: 64, longest_part: 16384, fast_e4m3: true, busy: 8 };
 
     /// The tile for `m` rows and `n` channels. On lavapipe a tile of 8 x 4 has 13 GFLOP/s a core, one of 8 x 8 3 (its
