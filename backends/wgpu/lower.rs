@@ -1,7 +1,9 @@
 //! From ops to kernels: which shader, which constants, which buffers, how many workgroups.
 
 use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, Weight};
+use quaver_core::{Error, Result};
 
+use super::adapter;
 use super::kernel::{Binding, Kernel, code};
 use super::layout::{Layout, Layouts};
 use super::tuning::Tuning;
@@ -9,8 +11,23 @@ use super::tuning::Tuning;
 /// Query heads times rows of an attention tile, and the most elements that a head may have (`attend.wgsl`).
 const MOST_DIM: usize = 256;
 
+/// The kernels of a program that `Program::check` has seen.
+pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    for line in &program.lines {
+        let unsupported = |why| Error::Unsupported { backend: adapter::NAME.into(), op: line.label.clone(), why };
+        kernels.extend(lower(&line.op, program, layouts, tuning).map_err(unsupported)?);
+    }
+    Ok(kernels)
+}
+
+/// The values of all codes as the fast decode has them, `[256]` f32 of scratch.
+pub fn e4m3_codes() -> Kernel {
+    Kernel::new("e4m3_codes", [1, 1, 1]).constant("FAST_E4M3", 1).bind(2, Binding::WriteScratch(1024))
+}
+
 /// The kernels of an op, or why it cannot be run.
-pub fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>, String> {
+fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>, String> {
     let lower = Lower { program, layouts, tuning };
     for buf in op.reads().into_iter().chain(op.writes()) {
         lower.whole(op, buf)?;
@@ -63,9 +80,16 @@ impl Lower<'_> {
     fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
         let wg = self.tuning.side * self.tuning.side;
         // Kernels read rows of f32 as vectors, which a single column is not (`layout.rs`).
-        if let Op::RmsNorm { x, .. } | Op::Quantize { x, .. } | Op::Gather { x, .. } | Op::AbsMax { x, .. } = *op
-            && self.cols(x) == 1
-        {
+        let width = match *op {
+            Op::RmsNorm { x, .. } | Op::Quantize { x, .. } | Op::Gather { x, .. } | Op::AbsMax { x, .. } => {
+                self.cols(x)
+            }
+            Op::Embed { out, .. } => self.cols(out),
+            Op::SwiGlu { gate_up, .. } => self.cols(gate_up) / 2,
+            Op::Linear { x, .. } => self.cols(x.bufs()[0]),
+            _ => 2,
+        };
+        if width == 1 {
             return Err("rows of a single column".into());
         }
         Ok(match *op {

@@ -6,12 +6,12 @@
 
 pub mod adapter;
 mod gpu;
-mod kernel;
+pub mod kernel;
 mod layout;
 mod lower;
 mod memory;
 mod pipelines;
-mod tuning;
+pub mod tuning;
 
 use ::wgpu::{
     Adapter, BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferSize,
@@ -24,6 +24,8 @@ use quaver_core::{Error, Result, e4m3};
 
 use self::gpu::Gpu;
 use self::kernel::{Binding, Kernel};
+use self::layout::{Layout, Layouts};
+pub use self::lower::e4m3_codes;
 use self::memory::Memory;
 use self::pipelines::Pipelines;
 use self::tuning::Tuning;
@@ -32,6 +34,19 @@ use self::tuning::Tuning;
 pub fn variants(_adapter: &Adapter) -> Vec<&'static str> {
     vec!["portable"]
 }
+
+/// The kernels that a program over these buffers is lowered to, without a device: for tests that look at shaders.
+pub fn kernels(program: &Program, buffers: &[BufDesc], tuning: &Tuning) -> Result<Vec<Kernel>> {
+    let mut layouts = Layouts::default();
+    for desc in buffers {
+        layouts.push(Layout::new(desc, MOST_BOUND));
+    }
+    program.check(|buf| layouts.find(buf).map(|layout| &layout.desc))?;
+    lower::program(program, &layouts, tuning)
+}
+
+/// Bytes that every adapter can bind at once: WebGPU's `maxStorageBufferBindingSize`.
+const MOST_BOUND: u64 = 128 << 20;
 
 /// Bytes between the uniforms of two kernels: WebGPU's largest `minUniformBufferOffsetAlignment`.
 const UNIFORM: usize = 256;
@@ -98,9 +113,7 @@ impl Wgpu {
 
     /// True where decoding by way of f16 gives the value of every finite code, and +-480 for NaN (`e4m3.wgsl`).
     fn decodes_fast(&mut self) -> Result<bool> {
-        let kernel = Kernel::new("e4m3_codes", [1, 1, 1]).constant("FAST_E4M3", 1);
-        let kernel = kernel.bind(2, Binding::WriteScratch(1024));
-        let dispatch = self.dispatch(&kernel, None)?;
+        let dispatch = self.dispatch(&e4m3_codes(), None)?;
         self.submit(&[dispatch])?;
         let scratch = self.scratch(1024)?;
         let mut is_exact = true;
@@ -194,16 +207,13 @@ impl Backend for Wgpu {
 
     fn record(&mut self, program: &Program) -> Result<Plan> {
         program.check(|buf| self.memory.layouts.find(buf).map(|layout| &layout.desc))?;
-        let mut kernels = Vec::new();
         for (i, line) in program.lines.iter().enumerate() {
             let fail = |why| Error::Program { line: i, op: line.label.clone(), why };
             if let Some(&buf) = line.op.writes().iter().find(|&&buf| self.memory.is_constant(buf)) {
                 return Err(fail(format!("{} is a constant", self.memory.layouts.desc(buf).name)));
             }
-            let unsupported = |why| Error::Unsupported { backend: adapter::NAME.into(), op: line.label.clone(), why };
-            let lowered = lower::lower(&line.op, program, &self.memory.layouts, &self.tuning);
-            kernels.extend(lowered.map_err(unsupported)?);
         }
+        let kernels = lower::program(program, &self.memory.layouts, &self.tuning)?;
         let mut words = vec![0u32; kernels.len() * UNIFORM / 4];
         for (kernel, words) in kernels.iter().zip(words.chunks_exact_mut(UNIFORM / 4)) {
             words[..kernel.params.len()].copy_from_slice(&kernel.params);

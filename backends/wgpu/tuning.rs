@@ -32,6 +32,12 @@ impl Tuning {
     pub const PORTABLE: Tuning =
         Tuning { side: 8, attend_workgroup: 64, longest_part: 16384, fast_e4m3: true, busy: 8 };
 
+    /// Every choice that the backend can come to, by the variant's name: for tests, which have no adapter to ask.
+    pub fn all() -> Vec<(&'static str, Tuning)> {
+        let exact = Tuning { fast_e4m3: false, ..Tuning::PORTABLE };
+        vec![("portable", Tuning::PORTABLE), ("portable, FP8 by integers", exact)]
+    }
+
     /// The tile for `m` rows and `n` channels. On lavapipe a tile of 8 x 4 has 13 GFLOP/s a core, one of 8 x 8 3 (its
     /// loops are not unrolled any more); one row with 8 channels a thread reads 2.4 GB/s a core, with 4 1.5.
     pub fn linear(&self, m: u32, n: u32) -> Tile {

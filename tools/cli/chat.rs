@@ -4,7 +4,6 @@
 mod input;
 mod settings;
 
-use std::fs::{self, File};
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -19,6 +18,7 @@ use serde_json::{Value, json};
 use self::input::{Entry, Input};
 use self::settings::Settings;
 use super::flags::{ModelFlags, SamplingFlags, SystemFlag};
+use super::save::save;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -183,7 +183,7 @@ impl Chat {
             "set" => self.set(rest)?,
             "save" if rest.is_empty() => return Err(Error::text("/save", "give the name of a file").into()),
             "save" => {
-                save(Path::new(rest), &self.messages()).map_err(|e| Error::io("write", rest, e))?;
+                save(Path::new(rest), &format!("{:#}\n", self.messages())).map_err(|e| Error::io("write", rest, e))?;
                 self.note(&format!("saved to {rest}"));
             }
             _ => return Err(Error::text(format!("/{name}"), "is no command; see /help").into()),
@@ -205,23 +205,4 @@ impl Chat {
         }
         Ok(self.settings.set(name, value.trim())?)
     }
-}
-
-/// Writes beside the place and renames, so that no half of a file ever stands there.
-fn save(path: &Path, messages: &Value) -> io::Result<()> {
-    let mut name = path.file_name().ok_or(io::ErrorKind::IsADirectory)?.to_owned();
-    name.push(format!(".part-{}", std::process::id()));
-    let part = path.with_file_name(name);
-    let write = || {
-        let mut file = File::create_new(&part)?;
-        writeln!(file, "{messages:#}")?;
-        file.sync_all()?;
-        fs::rename(&part, path)
-    };
-    // A file of that name that is not ours is left alone.
-    write().inspect_err(|e| {
-        if e.kind() != io::ErrorKind::AlreadyExists {
-            let _ = fs::remove_file(&part);
-        }
-    })
 }

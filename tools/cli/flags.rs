@@ -67,14 +67,20 @@ pub enum ProfileFlag {
     Fast,
 }
 
+impl From<ProfileFlag> for Profile {
+    fn from(flag: ProfileFlag) -> Self {
+        match flag {
+            ProfileFlag::Exact => Profile::Exact,
+            ProfileFlag::Fast => Profile::Fast,
+        }
+    }
+}
+
 impl ModelFlags {
     /// The library's options, for `sequences` at a time.
     pub fn options(&self, sequences: usize) -> LlmOptions {
         let engine = EngineOptions {
-            profile: match self.profile {
-                ProfileFlag::Exact => Profile::Exact,
-                ProfileFlag::Fast => Profile::Fast,
-            },
+            profile: self.profile.into(),
             kv_cache: match self.kv_cache_dtype {
                 KvCacheFlag::Auto => KvCache::Auto,
                 KvCacheFlag::Fp8 => KvCache::Fp8,
@@ -199,7 +205,7 @@ impl SystemFlag {
     }
 }
 
-fn kind(name: &str) -> Result<Kind, String> {
+pub fn kind(name: &str) -> Result<Kind, String> {
     Kind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
         let names: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
         format!("this build has the backends {}", names.join(", "))

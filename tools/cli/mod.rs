@@ -7,6 +7,8 @@ mod devices;
 mod flags;
 mod generate;
 mod inspect;
+mod parity;
+mod save;
 mod synth;
 mod table;
 
@@ -43,6 +45,8 @@ enum Command {
     Devices(devices::Args),
     /// Measure a model's speed, beside what the machine can do.
     Bench(bench::Args),
+    /// Hold this machine's devices against the reference, op by op and with a model.
+    Parity(parity::Args),
     /// Make a checkpoint with random weights, for benchmarks and tests.
     Synth(synth::Args),
 }
@@ -76,6 +80,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Parity(args) => parity::run(args),
         Command::Synth(args) => synth::run(args),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else { return ExitCode::SUCCESS };

@@ -93,7 +93,7 @@ impl Verdict {
     }
 
     /// Takes over a worse finding.
-    fn note(&mut self, error: f64, bound: f64, detail: impl FnOnce() -> String) {
+    pub fn note(&mut self, error: f64, bound: f64, detail: impl FnOnce() -> String) {
         let new = Verdict { error, bound, ..Verdict::default() };
         if new.ratio() > self.ratio() {
             (self.error, self.bound, self.detail) =
@@ -206,6 +206,11 @@ fn order(code: u8) -> i32 {
     if code & 0x80 != 0 { -1 - magnitude } else { magnitude }
 }
 
+/// True for codes that one tie may round to.
+pub(super) fn are_neighbours(a: u8, b: u8) -> bool {
+    (order(a) - order(b)).abs() == 1
+}
+
 fn codes(quantized: &Codes, evidence: &Evidence) -> Verdict {
     let Codes { truth, inv, spread } = quantized;
     let limit = limit(evidence.backend, truth.work).element;
@@ -220,8 +225,7 @@ fn codes(quantized: &Codes, evidence: &Evidence) -> Verdict {
         let tie = (f64::from(e4m3::decode(got)) + f64::from(e4m3::decode(want))) / 2.0;
         // The error of the value, that of the row's scale, and four roundings on the way from value to code.
         let slack = limit * truth.magnitude[i] * inv[row] + scaled.abs() * (limit * spread[row] + 4.0 * U);
-        let is_adjacent = (order(got) - order(want)).abs() == 1;
-        let distance = if is_adjacent { (scaled - tie).abs() } else { f64::INFINITY };
+        let distance = if are_neighbours(got, want) { (scaled - tie).abs() } else { f64::INFINITY };
         ties += usize::from(distance <= slack);
         verdict.note(distance, slack, || {
             let (row, column) = (row, i % evidence.width);

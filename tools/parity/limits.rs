@@ -6,6 +6,8 @@
 //! as roundings are do not reach it by far. Hence the second limit: the root mean square of a row's errors is at most
 //! `rms` x that of its magnitudes. It is two to four times what was measured.
 
+use quaver_core::llama::Profile;
+
 /// The rounding error of an f32 operation, relative to its result.
 pub const U: f64 = 1.0 / (1 << 24) as f64;
 
@@ -73,5 +75,28 @@ pub fn limit(backend: &str, work: Work) -> Limit {
         }
         // exp within one unit (two U) of the last place, one sum, one quotient, one product.
         (_, Work::SwiGlu) => of(5.0, 4.0),
+    }
+}
+
+/// How far the model on a device may be from the exact profile on the reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ModelLimit {
+    /// rms(error) / rms(value) of the residual stream behind a layer, over all rows.
+    pub layer: f64,
+    /// The same of each row.
+    pub layer_row: f64,
+    /// rms error of the logits.
+    pub logits: f64,
+    /// Mean KL divergence, in nats a token.
+    pub kl: f64,
+    /// The lead of the best logit from which on it must be the best here too.
+    pub margin: f32,
+}
+
+/// The limits of a profile, on every backend.
+pub const fn model_limit(profile: Profile) -> ModelLimit {
+    match profile {
+        Profile::Exact => ModelLimit { layer: 1e-2, layer_row: 5e-2, logits: 0.25, kl: 5e-3, margin: 0.2 },
+        Profile::Fast => ModelLimit { layer: 1e-2, layer_row: 5e-2, logits: 0.25, kl: 5e-3, margin: 0.2 },
     }
 }

@@ -3,7 +3,8 @@
 //! An op test is a program of one op (of three, where a fused op is held against its parts). A [`Case`] makes a
 //! [`Problem`] from a seed; [`run`] runs it on a fresh reference and on a fresh device, and judges every output by its
 //! [`Bound`]. What a program does not own (padded rows, neighbouring columns, other pages, its inputs) must come back
-//! as it was. `tests/parity.rs` and `quaver parity` are its callers.
+//! as it was. A [`Model`] runs end to end, [`bisect`] line by line, and a [`Suite`] runs all of it on the devices of a machine.
+//! `tests/parity.rs` and `quaver parity` are the callers.
 //!
 //! ```
 //! use quaver::parity::{self, DEFAULT_SEED};
@@ -16,14 +17,20 @@
 //! # Ok::<(), quaver_core::Error>(())
 //! ```
 
+mod bisect;
 mod bound;
 mod build;
 mod cases;
 #[cfg(test)]
 mod faults;
+mod gaps;
 mod limits;
+mod model;
+mod report;
 mod rng;
 mod run;
+mod stage;
+mod suite;
 
 use std::fmt;
 use std::sync::Arc;
@@ -33,10 +40,16 @@ use quaver_core::op::{Buf, BufDesc, Program};
 
 use rng::Rng;
 
+pub use bisect::{BisectedLine, bisect};
 pub use bound::{Bound, Codes, Truth};
 pub use cases::cases;
-pub use limits::{Limit, Work, limit};
-pub use run::{Outcome, run};
+pub use gaps::Gaps;
+pub use limits::{Limit, ModelLimit, Work, limit, model_limit};
+pub use model::{Model, divergence};
+pub use report::{bisection_json, json, markdown};
+pub use run::{Outcome, Ready, run};
+pub use stage::Stage;
+pub use suite::{DeviceReport, Suite, title};
 
 /// The seed of a run that names none.
 pub const DEFAULT_SEED: u64 = 0x0e43;

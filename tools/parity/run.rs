@@ -1,4 +1,6 @@
 //! Running a case on two backends, and the outcome.
+//!
+//! What the reference computes is computed once a case ([`Ready`]), however many devices are held against it.
 
 use std::time::Instant;
 
@@ -31,6 +33,60 @@ pub struct Outcome {
     pub ties: usize,
     /// What is wrong and where; how near it came where nothing is.
     pub detail: String,
+    /// Why it need not pass, where [`Gaps`](super::Gaps) lists it and it does not.
+    pub known_gap: Option<String>,
+}
+
+impl Outcome {
+    /// What did not even run.
+    pub fn failed(name: impl Into<String>, op: &'static str, seed: u64, detail: impl Into<String>) -> Self {
+        let verdict = Verdict { error: f64::INFINITY, detail: detail.into(), ..Verdict::default() };
+        Outcome::new(name.into(), op, seed, 0.0, vec![verdict])
+    }
+
+    /// The worst of some verdicts.
+    pub(super) fn new(name: String, op: &'static str, seed: u64, us: f64, verdicts: Vec<Verdict>) -> Self {
+        let ties = verdicts.iter().map(|verdict| verdict.ties).sum();
+        let worst = verdicts.into_iter().max_by(|a, b| a.ratio().total_cmp(&b.ratio())).unwrap_or_default();
+        let (passed, Verdict { error, bound, detail, .. }) = (worst.passed(), worst);
+        Outcome { name, op, seed, error, bound, passed, us, ties, detail, known_gap: None }
+    }
+}
+
+/// A case's problem with the reference's results.
+pub struct Ready {
+    name: String,
+    op: &'static str,
+    seed: u64,
+    problem: Problem,
+    reference: Execution,
+    /// Where the reference itself contradicts the f64 results.
+    faults: Vec<Verdict>,
+}
+
+impl Ready {
+    /// Runs a case on a fresh reference.
+    pub fn new(case: &Case) -> Result<Self> {
+        let problem = case.problem();
+        let reference = execute(&problem, &mut Reference::open())?;
+        let own = problem.outputs.iter().map(|output| judge(&problem, output, "reference", &reference, None));
+        let faults = own.filter(|verdict| !verdict.passed()).collect();
+        Ok(Ready { name: case.name.clone(), op: case.op, seed: case.seed, problem, reference, faults })
+    }
+
+    /// Runs it on a device, which must be fresh: without buffers.
+    ///
+    /// # Errors
+    /// What the device says where it cannot run the program at all.
+    pub fn run(&self, device: &mut dyn Backend) -> Result<Outcome> {
+        let backend = device.describe().backend;
+        let got = execute(&self.problem, device)?;
+        let mut verdicts = self.faults.clone();
+        verdicts.push(untouched(&self.problem, &got));
+        let outputs = self.problem.outputs.iter();
+        verdicts.extend(outputs.map(|output| judge(&self.problem, output, backend, &got, Some(&self.reference))));
+        Ok(Outcome::new(self.name.clone(), self.op, self.seed, got.us, verdicts))
+    }
 }
 
 /// Runs a case on a fresh reference and on `device`, which must be fresh as well: without buffers.
@@ -38,29 +94,7 @@ pub struct Outcome {
 /// # Errors
 /// What the device says where it cannot run the program at all.
 pub fn run(case: &Case, device: &mut dyn Backend) -> Result<Outcome> {
-    let problem = case.problem();
-    let backend = device.describe().backend;
-    let reference = execute(&problem, &mut Reference::open())?;
-    let got = execute(&problem, device)?;
-    let mut verdicts = vec![untouched(&problem, &got)];
-    for output in &problem.outputs {
-        let own = judge(&problem, output, "reference", &reference, None);
-        verdicts.extend((!own.passed()).then_some(own));
-        verdicts.push(judge(&problem, output, backend, &got, Some(&reference)));
-    }
-    let ties = verdicts.iter().map(|verdict| verdict.ties).sum();
-    let worst = verdicts.into_iter().max_by(|a, b| a.ratio().total_cmp(&b.ratio())).unwrap_or_default();
-    Ok(Outcome {
-        name: case.name.clone(),
-        op: case.op,
-        seed: case.seed,
-        error: worst.error,
-        bound: worst.bound,
-        passed: worst.passed(),
-        us: got.us,
-        ties,
-        detail: worst.detail,
-    })
+    Ready::new(case)?.run(device)
 }
 
 /// What a run left behind.
