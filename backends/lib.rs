@@ -7,6 +7,7 @@ pub mod wgpu;
 use self::cpu::isa::Isa;
 
 use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use quaver_core::op::{Backend, DeviceInfo};
 use quaver_core::reference::Reference;
@@ -96,6 +97,24 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();
     log::info!("backend {name}: {device} ({driver}), asked for {}", spec.kind);
     Ok(backend)
+}
+
+/// A turn on a device that serves one thread at a time; None where any number may open it at once. All OpenGL devices of
+/// an adapter share one context, and wgpu panics where a thread waits for that longer than six seconds, which the
+/// compilation of a shader may take. Who opens devices in several threads, as tests do, takes a turn before.
+pub fn turn(spec: &Spec) -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    (choose(spec) == Kind::Wgpu && is_opengl(spec)).then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+#[cfg(feature = "wgpu")]
+fn is_opengl(spec: &Spec) -> bool {
+    find_adapter(spec).is_ok_and(|adapter| adapter.get_info().backend == ::wgpu::Backend::Gl)
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn is_opengl(_spec: &Spec) -> bool {
+    false
 }
 
 /// The backend that a spec comes to on this machine. What it names is not looked for.

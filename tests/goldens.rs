@@ -49,7 +49,11 @@ fn main() {
                 // Of several devices of a backend, one takes all the goldens: software adapters are slow, and the others
                 // run the same kernels. `--include-ignored` runs the rest.
                 let is_rest = spec.device > 0 && model != "tiny-llama-fp8-channel";
-                trials.push(Trial::test(name, move || test(&spec, model)).with_ignored_flag(is_rest));
+                let run = move || {
+                    let _turn = quaver_backends::turn(&spec);
+                    test(&spec, model)
+                };
+                trials.push(Trial::test(name, run).with_ignored_flag(is_rest));
             };
             add("layers", layers);
             add("linears", linears);

@@ -10,6 +10,7 @@ mod chat;
 mod generate;
 mod hub;
 mod inspect;
+mod parity;
 mod synth;
 
 use std::ffi::OsStr;

@@ -10,7 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use quaver::Error;
 use quaver::core::checkpoint::Checkpoint;
 use quaver::parity::{
-    BisectedLine, DEFAULT_SEED, DeviceReport, Gaps, Model, Outcome, Suite, bisect, bisection_json, json, markdown, title,
+    BisectedLine, DEFAULT_SEED, DeviceReport, Gaps, Model, Outcome, Suite, bisect, bisection_json, json, markdown,
+    title,
 };
 use quaver_backends::{Kind, Spec};
 use serde_json::Value;
@@ -149,7 +150,8 @@ fn print(out: &mut impl Write, report: &DeviceReport) -> io::Result<()> {
         let count = |status: &str| outcomes.iter().filter(|outcome| outcome.status() == status).count().to_string();
         // Those that must be equal have no bound to be near to.
         let used = |outcome: &&&Outcome| if outcome.bound > 0.0 { outcome.error / outcome.bound } else { 0.0 };
-        let nearest = outcomes.iter().filter(|outcome| outcome.passed).map(|outcome| used(&outcome)).fold(0.0, f64::max);
+        let nearest =
+            outcomes.iter().filter(|outcome| outcome.passed).map(|outcome| used(&outcome)).fold(0.0, f64::max);
         let ms = outcomes.iter().map(|outcome| outcome.us).sum::<f64>() / 1e3;
         let (nearest, ms) = (format!("{:.0}%", 100.0 * nearest), format!("{ms:.1}"));
         table.row([op.to_owned(), outcomes.len().to_string(), count("passed"), count("FAILED"), nearest, ms]);

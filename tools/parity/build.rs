@@ -8,6 +8,7 @@ use quaver_core::op::{Act, Buf, BufDesc, DType, Extent, Op, Program, Scale, Stat
 
 use super::bound::{Bound, Codes, Truth};
 use super::limits::Work;
+use super::rng::Rng;
 use super::{Contents, Output, Problem};
 
 /// A word of inputs that nothing may read: NaN in every dtype, and no row, page or token.
@@ -34,6 +35,12 @@ pub enum ActKind {
 }
 
 impl ActKind {
+    /// Any kind, with a scale as calibration gives them.
+    pub fn draw(rng: &mut Rng) -> Self {
+        let scale = rng.between(0.003, 0.05);
+        rng.pick(&[ActKind::F32, ActKind::Bf16, ActKind::Static(scale), ActKind::PerToken])
+    }
+
     /// As names of cases spell it.
     pub fn name(self) -> &'static str {
         match self {

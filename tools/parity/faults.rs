@@ -1,14 +1,18 @@
-//! Planted faults: the suite must find each of them, and blame the right op.
+//! Planted faults: the suite must find each of them, and blame the right op; the model end to end must find them too, and
+//! a bisection name the line.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::LazyLock;
 
+use quaver_core::checkpoint::Checkpoint;
 use quaver_core::e4m3;
 use quaver_core::host::slices::{ActIn, ActOut, ColsOut, ScaleIn, ScaleOut, Slice, SliceMut, WeightIn};
 use quaver_core::host::{HostBackend, Kernels, KvIn, RowsIn};
+use quaver_core::llama::Profile;
 use quaver_core::op::{DeviceInfo, Heads};
 use quaver_core::reference;
 
-use super::{DEFAULT_SEED, cases, run};
+use super::{DEFAULT_SEED, Model, bisect, cases, run};
 
 /// What is wrong with a set of kernels that are else the reference's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,9 +38,34 @@ enum Fault {
     FusedTruncation,
     /// `rms_norm` forgets eps.
     NoEps,
+    /// `linear` reads activations as they were before they were quantized: weight-only arithmetic.
+    Unquantized,
 }
 
-struct Faulty(Fault);
+struct Faulty {
+    fault: Fault,
+    /// What codes were before they were rounded, by where these lie.
+    real: HashMap<usize, Vec<f32>>,
+}
+
+/// A device with a fault.
+fn device(fault: Fault) -> HostBackend<Faulty> {
+    HostBackend::new(Faulty { fault, real: HashMap::new() })
+}
+
+impl Faulty {
+    /// Runs an op that writes activations, and keeps what it would write if they were real.
+    fn keep(&mut self, out: ActOut, mut op: impl FnMut(ActOut)) {
+        if let ActOut { data: SliceMut::E4m3(codes), .. } = &out
+            && self.fault == Fault::Unquantized
+        {
+            let mut values = vec![0.0; codes.len()];
+            op(ActOut { data: SliceMut::F32(&mut values), scale: ScaleOut::None });
+            self.real.insert(codes.as_ptr() as usize, values);
+        }
+        op(out);
+    }
+}
 
 impl Kernels for Faulty {
     fn describe(&self) -> DeviceInfo {
@@ -44,34 +73,35 @@ impl Kernels for Faulty {
     }
 
     fn rms_norm(&mut self, x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
-        reference::rms_norm(x, gamma, if self.0 == Fault::NoEps { 1e-30 } else { eps }, out);
+        let eps = if self.fault == Fault::NoEps { 1e-30 } else { eps };
+        self.keep(out, |out| reference::rms_norm(x, gamma, eps, out));
     }
 
     fn quantize(&mut self, x: &[f32], k: usize, out: ActOut) {
         match out {
-            ActOut { data: SliceMut::E4m3(codes), scale: ScaleOut::Static(inv) } if self.0 == Fault::Truncation => {
+            ActOut { data: SliceMut::E4m3(codes), scale: ScaleOut::Static(inv) } if self.fault == Fault::Truncation => {
                 truncate(codes, x, inv);
             }
-            out => reference::quantize(x, k, out),
+            out => self.keep(out, |out| reference::quantize(x, k, out)),
         }
     }
 
     fn swiglu(&mut self, gate_up: Slice, f: usize, out: ActOut) {
         match out {
             ActOut { data: SliceMut::E4m3(codes), scale: ScaleOut::Static(inv) }
-                if self.0 == Fault::FusedTruncation =>
+                if self.fault == Fault::FusedTruncation =>
             {
                 let mut values = vec![0.0; codes.len()];
                 reference::swiglu(gate_up, f, ActOut { data: SliceMut::F32(&mut values), scale: ScaleOut::None });
                 truncate(codes, &values, inv);
             }
-            out => reference::swiglu(gate_up, f, out),
+            out => self.keep(out, |out| reference::swiglu(gate_up, f, out)),
         }
     }
 
     fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, mut out: ColsOut, add: bool) {
         let m = x.data.len() / k;
-        match self.0 {
+        match self.fault {
             Fault::LastRow if m > 0 => {
                 let x = ActIn { data: x.data.range(0, (m - 1) * k), ..x };
                 let out = ColsOut { data: out.data.first((m - 1) * out.stride), ..out };
@@ -95,17 +125,26 @@ impl Kernels for Faulty {
                 }
                 reference::linear(x, w, k, out, add);
             }
+            Fault::Unquantized => match x.data {
+                Slice::E4m3(codes) if self.real.contains_key(&(codes.as_ptr() as usize)) => {
+                    let real = &self.real[&(codes.as_ptr() as usize)][..codes.len()];
+                    reference::linear(ActIn { data: Slice::F32(real), scale: ScaleIn::None }, w, k, out, add);
+                }
+                _ => reference::linear(x, w, k, out, add),
+            },
             _ => reference::linear(x, w, k, out, add),
         }
     }
 
     fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {
-        let previous = |position: &u32| position - u32::from(self.0 == Fault::PreviousPosition && *position > 0);
+        let previous = |position: &u32| position - u32::from(self.fault == Fault::PreviousPosition && *position > 0);
         let pages = (kv.k.len() / (heads.kv * kv.page_tokens * heads.dim)) as u32;
-        let neighbour = |&page: &u32| if self.0 == Fault::NeighbourPage { page.wrapping_add(1) % pages } else { page };
+        let neighbour =
+            |&page: &u32| if self.fault == Fault::NeighbourPage { page.wrapping_add(1) % pages } else { page };
         let position: Vec<u32> = rows.position.iter().map(previous).collect();
         let page_table: Vec<u32> = rows.page_table.iter().map(neighbour).collect();
-        reference::attend(q, RowsIn { position: &position, page_table: &page_table, ..rows }, heads, kv, out);
+        let rows = RowsIn { position: &position, page_table: &page_table, ..rows };
+        self.keep(out, |out| reference::attend(q, rows, heads, kv, out));
     }
 }
 
@@ -120,7 +159,7 @@ fn truncate(codes: &mut [u8], values: &[f32], inv: f32) {
 /// The ops that have a failing case.
 fn blamed(fault: Fault) -> Vec<&'static str> {
     let failed = |case: &super::Case| {
-        let outcome = run(case, &mut HostBackend::new(Faulty(fault))).expect("a host backend runs every program");
+        let outcome = run(case, &mut device(fault)).expect("a host backend runs every program");
         assert!(outcome.passed != (outcome.error > outcome.bound), "{outcome:?}");
         !outcome.passed
     };
@@ -182,4 +221,60 @@ fn truncation_in_a_fused_op_is_found() {
 #[test]
 fn a_forgotten_eps_is_found() {
     assert_eq!(blamed(Fault::NoEps), ["rms_norm"]);
+}
+
+static MODEL: LazyLock<Model> = LazyLock::new(|| {
+    let files = crate::files(None, true).unwrap();
+    let ids = Model::text(&files.require("tokenizer.json").unwrap()).unwrap();
+    Model::new(Checkpoint::open(files).unwrap(), ids).unwrap()
+});
+
+/// The outcomes of the model that fail.
+fn model_failures(fault: Fault, profile: Profile) -> Vec<String> {
+    let outcomes = MODEL.run(profile, DEFAULT_SEED, &mut device(fault)).unwrap();
+    for outcome in &outcomes {
+        println!("{fault:?} {}: {:.2e} of {:.2e}: {}", outcome.name, outcome.error, outcome.bound, outcome.detail);
+    }
+    outcomes.into_iter().filter(|outcome| !outcome.passed).map(|outcome| outcome.name).collect()
+}
+
+#[test]
+fn a_sound_model_passes_in_both_profiles() {
+    for profile in [Profile::Exact, Profile::Fast] {
+        assert_eq!(model_failures(Fault::Nothing, profile), [""; 0]);
+    }
+}
+
+/// A lost row, a wrong scale, a wrong page and unquantized activations show behind the first layer and in the logits.
+#[test]
+fn faults_are_found_end_to_end() {
+    let shown = |fault, profile, names: [&str; 2]| {
+        let failures = model_failures(fault, profile);
+        assert!(names.iter().all(|name| failures.iter().any(|failure| failure == name)), "{fault:?}: {failures:?}");
+    };
+    for fault in [Fault::LastRow, Fault::NeighbourScale, Fault::NeighbourPage, Fault::Unquantized] {
+        shown(fault, Profile::Exact, ["model::exact_layer_0", "model::exact_logits"]);
+    }
+    for fault in [Fault::LastRow, Fault::NeighbourScale, Fault::NeighbourPage] {
+        shown(fault, Profile::Fast, ["model::fast_layer_0", "model::fast_logits"]);
+    }
+}
+
+#[test]
+fn bisection_names_the_first_line_that_is_wrong() {
+    let ids = &MODEL.ids()[..21];
+    for (fault, first) in [
+        (Fault::Nothing, None),
+        (Fault::LastRow, Some(("linear", "model.layers.0.self_attn.qkv_proj"))),
+        (Fault::NeighbourScale, Some(("linear", "model.layers.0.self_attn.qkv_proj"))),
+        (Fault::NeighbourPage, Some(("attend", "model.layers.0.self_attn"))),
+        (Fault::FusedTruncation, Some(("swiglu", "model.layers.0.mlp.act_fn"))),
+        (Fault::Unquantized, Some(("linear", "model.layers.0.self_attn.qkv_proj"))),
+    ] {
+        for profile in [Profile::Exact, Profile::Fast] {
+            let lines = bisect(MODEL.checkpoint(), ids, profile, || Ok(Box::new(device(fault)))).unwrap();
+            let wrong = lines.iter().find(|line| !line.passed());
+            assert_eq!(wrong.map(|line| (line.op, line.label.as_str())), first, "{fault:?}, {profile:?}: {wrong:?}");
+        }
+    }
 }

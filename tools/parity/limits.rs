@@ -78,7 +78,7 @@ pub fn limit(backend: &str, work: Work) -> Limit {
     }
 }
 
-/// How far the model on a device may be from the exact profile on the reference.
+/// How far the model on a device may be from the reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ModelLimit {
     /// rms(error) / rms(value) of the residual stream behind a layer, over all rows.
@@ -93,10 +93,14 @@ pub struct ModelLimit {
     pub margin: f32,
 }
 
-/// The limits of a profile, on every backend.
+/// The limits of every backend against the reference in the same profile, and of the fast profile against the exact one.
+///
+/// Of the demo model, over cpu and wgpu: in the exact profile sound devices drift by 3.4e-3, behind the last of six layers,
+/// and weight-only arithmetic by 2.2e-2 behind the first. In the fast one ties of bf16 flip too, in q, k, v, gate and up,
+/// and devices drift by about 1e-2 behind the fourth: it cannot tell weight-only arithmetic, which the exact one is for.
 pub const fn model_limit(profile: Profile) -> ModelLimit {
     match profile {
-        Profile::Exact => ModelLimit { layer: 1e-2, layer_row: 5e-2, logits: 0.25, kl: 5e-3, margin: 0.2 },
-        Profile::Fast => ModelLimit { layer: 1e-2, layer_row: 5e-2, logits: 0.25, kl: 5e-3, margin: 0.2 },
+        Profile::Exact => ModelLimit { layer: 1e-2, layer_row: 5e-2, logits: 0.05, kl: 5e-4, margin: 0.2 },
+        Profile::Fast => ModelLimit { layer: 4e-2, layer_row: 0.2, logits: 0.25, kl: 5e-3, margin: 0.2 },
     }
 }

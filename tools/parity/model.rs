@@ -1,4 +1,5 @@
-//! The model end to end: what a device makes of a text, in both profiles, against the exact profile on the reference.
+//! The model end to end: what a device makes of a text, in both profiles, against the same profile on the reference; and
+//! how far the fast profile is from the exact one.
 //!
 //! Two sound programs do not agree here as they do op by op: where they round one FP8 tie differently, what follows
 //! differs by a step of a code. So the bounds ([`ModelLimit`]) are those that sound programs keep, and lie far below what
@@ -35,7 +36,8 @@ const DECODED: usize = 24;
 pub struct Model {
     checkpoint: Checkpoint,
     ids: Vec<u32>,
-    truth: Forward,
+    exact: Forward,
+    fast: Forward,
 }
 
 /// What the model computes.
@@ -58,8 +60,9 @@ impl Model {
 
     /// Runs a model over a text on the reference.
     pub fn new(checkpoint: Checkpoint, ids: Vec<u32>) -> Result<Self> {
-        let truth = forward(&checkpoint, &mut Reference::open(), Profile::Exact, &ids)?;
-        Ok(Model { checkpoint, ids, truth })
+        let truth = |profile| forward(&checkpoint, &mut Reference::open(), profile, &ids);
+        let (exact, fast) = (truth(Profile::Exact)?, truth(Profile::Fast)?);
+        Ok(Model { checkpoint, ids, exact, fast })
     }
 
     /// The checkpoint.
@@ -67,26 +70,38 @@ impl Model {
         &self.checkpoint
     }
 
+    /// The tokens that it reads.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
     /// The names of the outcomes of a profile, in order.
     pub fn names(profile: Profile, layers: usize) -> Vec<String> {
         let name = |what: String| format!("model::{}_{what}", profile_name(profile));
-        let ends = ["logits", "kl", "top1", "decode_logits", "decode_kl", "decode_top1"];
-        (0..layers).map(|layer| format!("layer_{layer}")).chain(ends.map(str::to_owned)).map(name).collect()
+        let of_exact: &[&str] =
+            if profile == Profile::Fast { &["", "decode_", "from_exact_"] } else { &["", "decode_"] };
+        let ends = of_exact.iter().flat_map(|part| ["logits", "kl", "top1"].map(|what| format!("{part}{what}")));
+        (0..layers).map(|layer| format!("layer_{layer}")).chain(ends).map(name).collect()
     }
 
     /// Runs a profile on a device, which must be fresh: without buffers. The outcomes are those of [`Model::names`].
     pub fn run(&self, profile: Profile, seed: u64, device: &mut dyn Backend) -> Result<Vec<Outcome>> {
         let got = forward(&self.checkpoint, device, profile, &self.ids)?;
         let (limit, config) = (model_limit(profile), self.checkpoint.config());
+        let truth = if profile == Profile::Exact { &self.exact } else { &self.fast };
         let mut verdicts = Vec::new();
-        for ((want, _), (layer, us)) in self.truth.layers.iter().zip(&got.layers) {
+        for ((want, _), (layer, us)) in truth.layers.iter().zip(&got.layers) {
             verdicts.push((drift(layer, want, config.hidden, limit), *us));
         }
-        let all = &self.truth.logits.0;
-        let last = &all[all.len() - got.decoded.0.len()..];
-        for (want, (logits, us)) in [(&all[..], &got.logits), (last, &got.decoded)] {
-            let verdict = logits_verdicts(logits, want, config.vocab, limit);
-            verdicts.extend(verdict.map(|verdict| (verdict, *us)));
+        let mut hold = |(logits, us): &(Vec<f32>, f64), want: &[f32]| {
+            let three = logits_verdicts(logits, want, config.vocab, limit);
+            verdicts.extend(three.map(|verdict| (verdict, *us)));
+        };
+        let all = &truth.logits.0;
+        hold(&got.logits, all);
+        hold(&got.decoded, &all[all.len() - got.decoded.0.len()..]);
+        if profile == Profile::Fast {
+            hold(&got.logits, &self.exact.logits.0);
         }
         let named = Model::names(profile, config.layers).into_iter().zip(verdicts);
         Ok(named.map(|(name, (verdict, us))| Outcome::new(name, "model", seed, us, vec![verdict])).collect())
@@ -159,9 +174,10 @@ fn logits_verdicts(got: &[f32], want: &[f32], vocab: usize, limit: ModelLimit) -
     let rows = || got.chunks(vocab).zip(want.chunks(vocab)).enumerate();
     let count = rows().count();
     let squares = rows().map(|(_, (got, want))| square_error(got, want)).sum::<f64>();
-    rms.note((squares / got.len() as f64).sqrt(), limit.logits, || format!("rms error of {count} rows of logits"));
+    let error = (squares / got.len() as f64).sqrt();
+    rms.note(error, limit.logits, || format!("rms error {error:.1e} of {count} rows of logits"));
     let nats = rows().map(|(_, (got, want))| divergence(want, got)).sum::<f64>() / count as f64;
-    kl.note(nats, limit.kl, || format!("nats a token, over {count} tokens"));
+    kl.note(nats, limit.kl, || format!("{nats:.1e} nats a token, over {count} tokens"));
 
     let (mut clear, mut wrong) = (0, Vec::new());
     for (row, (got, want)) in rows() {

@@ -54,7 +54,12 @@ pub fn markdown(seed: u64, reports: &[DeviceReport]) -> String {
 fn write_markdown(out: &mut String, seed: u64, reports: &[DeviceReport]) -> std::fmt::Result {
     let (version, commit) = (env!("CARGO_PKG_VERSION"), crate::COMMIT);
     writeln!(out, "# Parity of Quaver {version} ({commit})\n")?;
-    writeln!(out, "{}, {}; replay with `quaver parity --seed {seed}`.\n", std::env::consts::OS, std::env::consts::ARCH)?;
+    writeln!(
+        out,
+        "{}, {}; replay with `quaver parity --seed {seed}`.\n",
+        std::env::consts::OS,
+        std::env::consts::ARCH
+    )?;
     writeln!(out, "| backend | variant | adapter | driver | passed | failed | known gaps |")?;
     writeln!(out, "|---|---|---|---|---|---|---|")?;
     for report in reports {

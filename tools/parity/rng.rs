@@ -34,6 +34,11 @@ impl Rng {
         (self.unit() * n as f64) as usize
     }
 
+    /// One of some things.
+    pub fn pick<T: Copy>(&mut self, list: &[T]) -> T {
+        list[self.below(list.len())]
+    }
+
     /// Uniform in [low, high).
     pub fn between(&mut self, low: f32, high: f32) -> f32 {
         low + (high - low) * self.unit() as f32

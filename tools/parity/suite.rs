@@ -107,7 +107,8 @@ impl Suite {
             let ready = Ready::new(case)?;
             for report in &mut takers {
                 let outcome = quaver_backends::open(&report.spec).and_then(|mut device| ready.run(&mut *device));
-                let failed = |error: quaver_core::Error| Outcome::failed(&case.name, case.op, case.seed, error.to_string());
+                let failed =
+                    |error: quaver_core::Error| Outcome::failed(&case.name, case.op, case.seed, error.to_string());
                 self.add(report, outcome.unwrap_or_else(failed));
             }
         }

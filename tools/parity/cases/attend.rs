@@ -3,7 +3,7 @@
 use quaver_core::op::{DType, Heads, Op};
 
 use super::List;
-use super::batch::{Batch, Cache};
+use super::batch::{self, Batch, Cache};
 use super::elementwise::fused;
 use crate::parity::bound::{Truth, decode};
 use crate::parity::build::{ActKind, Axis, encode};
@@ -81,6 +81,13 @@ pub fn add(list: &mut List) {
     plain("two_sequences_share_pages".into(), Shape { spans: &[(64, 9), (70, 3)], shared: 4, ..PLAIN });
     plain("scores_of_all_sizes".into(), Shape { sharpness: 25.0, ..PLAIN });
     plain("no_rows".into(), Shape { spans: &[], ..PLAIN });
+    list.drawn("attend", |rng| {
+        let (spans, heads, page_tokens) = (batch::spans(rng), batch::heads(rng), rng.pick(&[8, 16, 32]));
+        let (q, cache, out) = (rng.pick(&[DType::F32, DType::Bf16]), rng.pick(&Cache::ALL), ActKind::draw(rng));
+        let shape = Shape { q, cache, out, heads, page_tokens, ..PLAIN };
+        let name = format!("{}_spans_over_{}_q{}_kv{}_dim{}", spans.len(), cache.name(), heads.q, heads.kv, heads.dim);
+        (name, move |rng: &mut Rng| over(rng, shape, &spans))
+    });
     for kind in [ActKind::Bf16, STATIC, ActKind::PerToken] {
         list.add("attend", format!("fused_equals_unfused_{}", kind.name()), move |rng| {
             let (batch, heads) = (Batch::new(rng, MIXED, 16, true), PLAIN.heads);
@@ -96,8 +103,13 @@ pub fn add(list: &mut List) {
 }
 
 fn problem(rng: &mut Rng, shape: Shape) -> Problem {
+    over(rng, shape, shape.spans)
+}
+
+/// A case over other spans than the shape's.
+fn over(rng: &mut Rng, shape: Shape, spans: &[(usize, usize)]) -> Problem {
     let Shape { heads, page_tokens, .. } = shape;
-    let mut batch = Batch::new(rng, shape.spans, page_tokens, true);
+    let mut batch = Batch::new(rng, spans, page_tokens, true);
     if shape.shared > 0 {
         batch.share(0, 1, shape.shared);
     }
@@ -122,7 +134,7 @@ fn problem(rng: &mut Rng, shape: Shape) -> Problem {
             magnitude.extend(size);
         }
     }
-    let context = shape.spans.iter().map(|span| span.0 + span.1).max().unwrap_or(0);
+    let context = spans.iter().map(|span| span.0 + span.1).max().unwrap_or(0);
     let work = Work::Attend { dim: heads.dim, context, page_tokens };
     b.expect_act(out, width, Truth { value, magnitude, work });
     b.finish()

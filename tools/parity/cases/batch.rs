@@ -40,6 +40,18 @@ impl Cache {
     }
 }
 
+/// Spans that nobody thought of: prefills and decode rows at any position below 300.
+pub fn spans(rng: &mut Rng) -> Vec<(usize, usize)> {
+    let rows = |rng: &mut Rng| if rng.below(2) == 0 { 1 } else { 1 + rng.below(50) };
+    (0..1 + rng.below(6)).map(|_| (rng.below(250), rows(rng))).collect()
+}
+
+/// Head counts that nobody thought of.
+pub fn heads(rng: &mut Rng) -> Heads {
+    let (kv, group, dim) = (1 + rng.below(4), 1 + rng.below(5), 2 * (4 + rng.below(45)));
+    Heads { q: kv * group, kv, dim }
+}
+
 /// Runs of rows of several sequences, and where their pages lie.
 pub struct Batch {
     /// (first position, rows) of each.

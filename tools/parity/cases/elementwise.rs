@@ -40,6 +40,15 @@ pub fn add(list: &mut List) {
             }
         }
     }
+    list.drawn("rms_norm", |rng| {
+        let (kind, m, d) = (ActKind::draw(rng), 1 + rng.below(70), 2 + rng.below(1500));
+        (format!("{}_m{m}_d{d}", kind.name()), move |rng: &mut Rng| rms_norm(rng, kind, Axis::Rows, m, d, |_| 1.0))
+    });
+    list.drawn("swiglu", |rng| {
+        let (dtype, kind) = (rng.pick(&[DType::F32, DType::Bf16]), ActKind::draw(rng));
+        let (m, f) = (1 + rng.below(70), 2 + rng.below(900));
+        (format!("{dtype:?}_to_{}_m{m}_f{f}", kind.name()), move |rng: &mut Rng| swiglu(rng, dtype, kind, m, f, 2.0))
+    });
     for kind in [ActKind::Bf16, ActKind::Static(0.0117), ActKind::PerToken] {
         let name = kind.name();
         list.add("rms_norm", format!("fused_equals_unfused_{name}"), move |rng| {

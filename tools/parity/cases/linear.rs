@@ -80,7 +80,31 @@ pub fn add(list: &mut List) {
         Shape { x: ActKind::Bf16, w: WeightKind::Bf16, axis: Axis::Wanted, m: 3, n: 1001, k: 512, ..PLAIN },
     );
     plain("one_channel_n1".into(), Shape { m: 33, n: 1, ..PLAIN });
+    list.drawn("linear", |rng| {
+        let shape = drawn(rng);
+        let Shape { x, w, m, n, k, .. } = shape;
+        let extra = if shape.add { "_add" } else { "" };
+        let name = format!("{}_x_{w:?}{extra}_m{m}_n{n}_k{k}", x.name()).to_lowercase();
+        (name, move |rng: &mut Rng| random(rng, shape))
+    });
     adversaries(list);
+}
+
+/// A shape that nobody thought of.
+fn drawn(rng: &mut Rng) -> Shape {
+    let add = rng.below(3) == 0;
+    Shape {
+        x: ActKind::draw(rng),
+        w: rng.pick(&[WeightKind::F32, WeightKind::Bf16, WeightKind::Fp8, WeightKind::Fp8]),
+        axis: rng.pick(&[Axis::Rows, Axis::Wanted]),
+        m: 1 + rng.below(40),
+        n: 1 + rng.below(120),
+        k: 2 + rng.below(1200),
+        out: if add { DType::F32 } else { rng.pick(&[DType::F32, DType::Bf16]) },
+        add,
+        margin: (rng.below(20), rng.below(20)),
+        parts: &[],
+    }
 }
 
 fn adversaries(list: &mut List) {

@@ -1,4 +1,4 @@
-//! The cases, a file an op.
+//! The cases, a file an op: shapes that are chosen, and shapes that are drawn from the seed.
 
 mod attend;
 mod batch;
@@ -32,7 +32,22 @@ struct List {
     cases: Vec<Case>,
 }
 
+/// Drawn shapes of each op.
+const DRAWN: usize = 3;
+
 impl List {
+    /// Adds cases whose shapes are drawn: `draw` gives a shape's name and what makes its problem. Names begin with
+    /// `drawn_0`, `drawn_1` and so on, whatever the seed.
+    fn drawn<F>(&mut self, op: &'static str, draw: impl Fn(&mut Rng) -> (String, F))
+    where
+        F: Fn(&mut Rng) -> Problem + Send + Sync + 'static,
+    {
+        for i in 0..DRAWN {
+            let (shape, make) = draw(&mut Rng::named(self.seed, &format!("{op} drawn_{i}")));
+            self.add(op, format!("drawn_{i}_{shape}"), make);
+        }
+    }
+
     fn add(
         &mut self,
         op: &'static str,

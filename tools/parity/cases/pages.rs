@@ -16,6 +16,14 @@ pub fn add(list: &mut List) {
     for (m, w, d) in [(1, 1, 64), (17, 3, 2048), (64, 17, 100), (5, 9, 37), (3, 0, 64)] {
         list.add("gather", format!("m{m}_w{w}_d{d}"), move |rng| gather(rng, m, w, d));
     }
+    list.drawn("embed", |rng| {
+        let (dtype, m, d) = (rng.pick(&[DType::F32, DType::Bf16]), 1 + rng.below(70), 2 + rng.below(900));
+        (format!("{dtype:?}_m{m}_d{d}"), move |rng: &mut Rng| embed(rng, dtype, m, d))
+    });
+    list.drawn("gather", |rng| {
+        let (m, w, d) = (1 + rng.below(70), 1 + rng.below(20), 2 + rng.below(900));
+        (format!("m{m}_w{w}_d{d}"), move |rng: &mut Rng| gather(rng, m, w, d))
+    });
     for (name, dtype) in [("f32", DType::F32), ("bf16", DType::Bf16), ("fp8", DType::E4m3)] {
         list.add("copy_pages", name, move |rng| copy_pages(rng, dtype));
     }

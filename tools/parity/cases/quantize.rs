@@ -52,6 +52,12 @@ pub fn add(list: &mut List) {
             });
         }
     }
+    list.drawn("quantize", |rng| {
+        let (kind, m, k) = (ActKind::draw(rng), 1 + rng.below(70), 2 + rng.below(700));
+        (format!("{}_m{m}_k{k}", kind.name()), move |rng: &mut Rng| {
+            problem(kind, Axis::Rows, k, &rng.normals(m * k, 3.0))
+        })
+    });
     list.add("quantize", "wanted_rows", |rng| problem(ActKind::PerToken, Axis::Wanted, 96, &rng.normals(5 * 96, 1.0)));
     // Rows between the smallest and the largest amax that a model can have.
     list.add("quantize", "rows_of_all_sizes_per_token", |rng| {

@@ -3,7 +3,7 @@
 use quaver_core::op::{Buf, DType, Heads, Op, StaticScale};
 
 use super::List;
-use super::batch::{Batch, Cache};
+use super::batch::{self, Batch, Cache};
 use crate::parity::bound::{Bound, Codes, Truth, decode};
 use crate::parity::build::{Axis, Builder, encode};
 use crate::parity::limits::Work;
@@ -30,6 +30,14 @@ pub fn add(list: &mut List) {
             problem(rng, DType::F32, Cache::F32, ragged, heads(q, kv, dim), page_tokens)
         });
     }
+    list.drawn("rope_append", |rng| {
+        let (dtype, cache) = (rng.pick(&[DType::F32, DType::Bf16]), rng.pick(&Cache::ALL));
+        let (spans, heads, page_tokens) = (batch::spans(rng), batch::heads(rng), rng.pick(&[8, 16, 32]));
+        let Heads { q, kv, dim } = heads;
+        (format!("{}_spans_q{q}_kv{kv}_dim{dim}_page{page_tokens}", spans.len()), move |rng: &mut Rng| {
+            problem(rng, dtype, cache, &spans, heads, page_tokens)
+        })
+    });
     list.add("rope_append", "no_rows", move |rng| problem(rng, DType::F32, Cache::F32, &[], heads(2, 1, 16), 16));
 }
 

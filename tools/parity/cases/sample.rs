@@ -44,6 +44,13 @@ pub fn add(list: &mut List) {
             problem(rng, vocab, logits, |row, rng| chosen(row, rng, |p, _| p.top_p = 0.9))
         });
     }
+    list.drawn("sample", |rng| {
+        let (w, vocab, (name, change)) = (1 + rng.below(9), 1 + rng.below(9000), rng.pick(&variants));
+        (format!("{name}_w{w}_vocab{vocab}"), move |rng: &mut Rng| {
+            let logits = rng.normals(w * vocab, 2.5);
+            problem(rng, vocab, logits, |row, rng| chosen(row, rng, change))
+        })
+    });
     list.add("sample", "greedy_ties_take_the_lower_id", |rng| {
         let mut logits = rng.normals(17 * VOCAB, 1.0);
         for row in logits.chunks_mut(VOCAB) {
