@@ -8,23 +8,35 @@ if ! command -v cargo >/dev/null; then
   echo "check.sh: cargo is missing; install Rust (the version is in Cargo.toml: rust-version)" >&2
   exit 1
 fi
-if ! command -v cc >/dev/null; then
-  echo "installing a C compiler, which the tokenizer's dependencies are linked with"
-  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
-  $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends gcc libc6-dev
-fi
-
-if ! ls /usr/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json >/dev/null 2>&1; then
+# Installs packages by apt where there is apt; says what is missing where there is none.
+install() {
+  local what=$1 packages=("${@:2}") sudo=()
   if ! command -v apt-get >/dev/null; then
-    echo "check.sh: there is no Vulkan driver; install one, or Mesa's software driver (lavapipe)" >&2
+    echo "check.sh: $what is missing; install it (Debian and Ubuntu call it ${packages[*]})" >&2
     exit 1
   fi
-  echo "installing the software Vulkan driver, which the wgpu backend is tested on"
-  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
-  $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers libvulkan1
+  echo "installing $what"
+  [ "$(id -u)" = 0 ] || sudo=(sudo)
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${packages[@]}"
+}
+
+# The tokenizer's dependencies are linked with it.
+command -v cc >/dev/null || install "a C compiler" gcc libc6-dev
+command -v shellcheck >/dev/null || install "shellcheck" shellcheck
+
+# The wgpu backend is tested on whatever adapters there are, at least on a software one: tests fail where there is none.
+# macOS has Metal.
+has_vulkan() {
+  compgen -G '/usr/share/vulkan/icd.d/*.json' || compgen -G '/etc/vulkan/icd.d/*.json' || return 1
+  PATH=$PATH:/sbin ldconfig -p | grep -F libvulkan.so.1
+}
+if [ "$(uname)" = Linux ] && ! has_vulkan >/dev/null; then
+  install "a Vulkan driver (Mesa's software driver, lavapipe)" mesa-vulkan-drivers libvulkan1
 fi
 
 run() { echo "== $*"; "$@"; }
+run shellcheck check.sh .ci/run tools/*.sh
 run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings
 RUSTDOCFLAGS="-D warnings" run cargo doc --workspace --no-deps --locked

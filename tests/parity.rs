@@ -24,11 +24,15 @@ fn main() {
         is_there.then_some(()).ok_or_else(|| "there is none: check.sh installs a software one".into())
     })];
     // Case by case: what the reference gives is kept until the last device has been held against it.
-    for case in parity::cases(seed) {
+    for (i, case) in parity::cases(seed).into_iter().enumerate() {
         let ready = Arc::new(OnceLock::new());
         for spec in &specs {
-            let (spec, case, ready) = (spec.clone(), case.clone(), ready.clone());
-            trials.push(Trial::test(format!("{spec}::{}", case.name), move || trial(&spec, &case, &ready)));
+            // Of several adapters, one takes all cases; Mesa's OpenGL compiles each `linear` for 8 seconds, and the others run
+            // the same kernels, so that they take every fourth of these. `--include-ignored` runs the rest.
+            let is_rest = spec.device > 0 && case.op == "linear" && i % 4 != 0;
+            let (name, spec, case, ready) =
+                (format!("{spec}::{}", case.name), spec.clone(), case.clone(), ready.clone());
+            trials.push(Trial::test(name, move || trial(&spec, &case, &ready)).with_ignored_flag(is_rest));
         }
     }
     let model = Arc::new(OnceLock::new());

@@ -69,7 +69,8 @@ pub fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => return refuse(&error),
     };
-    let level = ["warn", "info", "debug"][usize::from(args.verbose.min(2))];
+    // What drivers say while adapters are looked for is no news: what matters of it becomes an error.
+    let level = ["warn,wgpu_hal=off", "info", "debug"][usize::from(args.verbose.min(2))];
     let env = env_logger::Env::default().default_filter_or(level);
     env_logger::Builder::from_env(env).format_timestamp_millis().init();
     // At `trace` the HTTP client writes what goes over the wire, and so the token.
