@@ -48,7 +48,7 @@ explain() {
   echo
 } >"$report"
 
-# backend and number of each device, the reference aside: "name" is the last key of theirs that jq is not needed for.
+# Backend and number of each device, the reference aside; a bare machine has no jq.
 devices=$(tr -d ' ",' <"$out/devices.json" |
   awk -F: '$1 == "backend" { backend = $2 } $1 == "device" && backend != "reference" { print backend, $2 }')
 left=$(($(wc -l <<<"$devices") * 2))
