@@ -161,10 +161,10 @@ impl<'a> Walk<'a> {
                     self.barrier(frame, "a cooperative matrix operation", control);
                 }
             }
-            Statement::Store { pointer, value } => {
-                if !(control && self.is_uniform(frame, *value) && self.is_uniform(frame, *pointer)) {
-                    self.spoil(frame, *pointer);
-                }
+            Statement::Store { pointer, value }
+                if !(control && self.is_uniform(frame, *value) && self.is_uniform(frame, *pointer)) =>
+            {
+                self.spoil(frame, *pointer);
             }
             Statement::Call { function, arguments, result } => {
                 let uniform: Vec<bool> = arguments.iter().map(|a| self.is_uniform(frame, *a)).collect();
