@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use quaver_core::op::{Backend, DeviceInfo};
 use quaver_core::reference::Reference;
+use quaver_core::reference::hugging_face::HuggingFace;
 use quaver_core::{Error, Result};
 
 /// A backend by its name on the command line.
@@ -77,6 +78,9 @@ impl fmt::Display for Spec {
     }
 }
 
+/// The variant of the reference that rounds to bf16 where Hugging Face does: for calibration, and no device of its own.
+const HUGGING_FACE: &str = "hf-bf16";
+
 /// Opens a device. What was chosen, and why, is one line in the log.
 pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     let kind = choose(spec);
@@ -88,10 +92,14 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
         }
         Kind::Reference => {
             within(spec, kind, 1)?;
-            if spec.variant.is_some() {
-                return Err(Error::device("reference", "it has no variants; leave --variant out"));
+            match spec.variant.as_deref() {
+                None => Box::new(Reference::open()),
+                Some(HUGGING_FACE) => Box::new(HuggingFace::open()),
+                Some(other) => {
+                    let why = format!("it has no variant {other}; give {HUGGING_FACE}, or leave --variant out");
+                    return Err(Error::device("reference", why));
+                }
             }
-            Box::new(Reference::open())
         }
     };
     let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();

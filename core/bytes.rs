@@ -51,6 +51,24 @@ impl Bytes {
     }
 }
 
+impl Bytes {
+    /// Says that these bytes are not needed soon. The pages of a mapped file leave this process, and are read again
+    /// where they are needed after all; anything else stays.
+    #[allow(unsafe_code)]
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Owner::Mapped(map) = &self.owner {
+            let (offset, len) = (self.range.start, self.range.len());
+            // SAFETY: dropping pages of a private read-only map of a file loses nothing: the next access maps the same
+            // contents of the file again, so that no reference into the map ever sees other bytes.
+            let released = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
+            if let Err(e) = released {
+                log::debug!("the system keeps {len} bytes of a mapped file: {e}");
+            }
+        }
+    }
+}
+
 impl Deref for Bytes {
     type Target = [u8];
 

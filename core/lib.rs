@@ -1,5 +1,5 @@
 //! Quaver's runtime without a GPU: what a model and a backend say to each other ([`op`]), what each op computes
-//! ([`reference`](mod@reference)), checkpoints, Llama, KV pages, the scheduler, the sampler and the engine. It speaks
+//! ([`reference`](mod@reference)), checkpoints, Llama, KV pages, the scheduler, the sampler, the engine, and the quantizer. It speaks
 //! of token ids; text belongs to the root package.
 
 pub mod batch;
@@ -9,6 +9,7 @@ pub mod cost;
 pub mod e4m3;
 pub mod engine;
 pub mod error;
+pub mod evaluate;
 pub mod host;
 pub mod kv;
 pub mod llama;
@@ -17,6 +18,7 @@ pub mod op;
 pub mod philox;
 pub mod plan;
 mod program;
+pub mod quantize;
 pub mod reference;
 pub mod sampler;
 pub mod scheduler;

@@ -13,10 +13,14 @@
 //! ```
 
 pub mod bench;
+pub mod eval;
 mod hub;
 pub mod llm;
 mod model;
+mod model_card;
 pub mod parity;
+pub mod quantize;
+pub mod samples;
 pub mod synth;
 pub mod text;
 

@@ -9,11 +9,14 @@ mod linear;
 mod quantization;
 mod targets;
 mod tensors;
+pub mod write;
 
 #[cfg(test)]
 pub(crate) mod testing;
 
 use std::collections::BTreeMap;
+
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::llama::LlamaConfig;
@@ -23,6 +26,7 @@ pub use generation::GenerationConfig;
 pub use linear::{InputScale, LinearWeight, LinearWeights};
 pub use quantization::{Activations, KvCacheScheme, LinearScheme, QuantizationConfig, WeightStrategy};
 pub use tensors::{Tensor, TensorDType};
+pub use write::{Part, TensorDesc};
 
 /// A model's files, read and checked.
 ///
@@ -68,6 +72,11 @@ impl Checkpoint {
     /// The shape of the model.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
+    }
+
+    /// All that `config.json` says, read again.
+    pub fn config_json(&self) -> Result<Value> {
+        json::parse(LlamaConfig::FILE, &self.files.require(LlamaConfig::FILE)?)
     }
 
     /// How it is quantized, where it is.

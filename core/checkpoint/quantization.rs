@@ -111,6 +111,12 @@ impl QuantizationConfig {
         self.targets.iter().map(|(target, scheme)| (target.text(), *scheme))
     }
 
+    /// Those of [`ignored`](Self::ignored) that meet none of the modules.
+    pub fn idle_ignores<'a>(&'a self, modules: &'a [&str]) -> impl Iterator<Item = &'a str> {
+        let idle = |target: &&Target| !modules.iter().any(|module| target.meets(module).is_some());
+        self.ignore.iter().filter(idle).map(Target::text)
+    }
+
     /// The names, patterns and classes that are left as they are.
     pub fn ignored(&self) -> impl Iterator<Item = &str> {
         self.ignore.iter().map(Target::text)

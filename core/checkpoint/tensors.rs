@@ -15,10 +15,10 @@ use super::files::Files;
 use super::json::{Object, clipped};
 
 /// The file of a checkpoint in one piece.
-const SINGLE: &str = "model.safetensors";
+pub(super) const SINGLE: &str = "model.safetensors";
 
 /// The list of shards of a checkpoint in several pieces.
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// The largest header that is parsed. A tensor takes about 120 bytes of it, and the largest Llama, quantized, has
 /// 5,000 tensors; parsed JSON takes many times its size, so that a bound is needed.
@@ -54,17 +54,22 @@ impl From<Dtype> for TensorDType {
     }
 }
 
-impl std::fmt::Display for TensorDType {
-    /// The name that safetensors has for it.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
+impl From<TensorDType> for Dtype {
+    fn from(dtype: TensorDType) -> Self {
+        match dtype {
             TensorDType::F32 => Dtype::F32,
             TensorDType::F16 => Dtype::F16,
             TensorDType::Bf16 => Dtype::BF16,
             TensorDType::E4m3 => Dtype::F8_E4M3,
-            TensorDType::Other(other) => *other,
+            TensorDType::Other(other) => other,
         }
-        .fmt(f)
+    }
+}
+
+impl std::fmt::Display for TensorDType {
+    /// The name that safetensors has for it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        Dtype::from(*self).fmt(f)
     }
 }
 

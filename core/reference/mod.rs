@@ -2,6 +2,8 @@
 //! Written to be read and to be right: sums are taken in f64 and rounded once, so that the order of a summation is no
 //! part of the specification. Every other backend is measured against this one.
 
+pub mod hugging_face;
+
 use crate::host::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use crate::host::{HostBackend, Kernels, KvIn, KvOut, RowsIn};
 use crate::op::{DeviceInfo, Heads};

@@ -213,7 +213,7 @@ pub fn kind(name: &str) -> Result<Kind, String> {
 }
 
 /// Bytes as a user writes them: `4G`, `512M`, `1.5GiB`, `1000000`.
-fn bytes(text: &str) -> Result<u64, String> {
+pub fn bytes(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches('B').trim_end_matches('I') {

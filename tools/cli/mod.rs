@@ -4,11 +4,13 @@
 mod bench;
 mod chat;
 mod devices;
+mod eval;
 mod flags;
 mod generate;
 mod inspect;
 mod parity;
 mod save;
+mod quantize;
 mod synth;
 mod table;
 
@@ -47,6 +49,10 @@ enum Command {
     Bench(bench::Args),
     /// Hold this machine's devices against the reference, op by op and with a model.
     Parity(parity::Args),
+    /// Make an FP8 checkpoint of a bf16, f16 or f32 one.
+    Quantize(quantize::Args),
+    /// Judge a model: perplexity, what quantization cost, scores of tasks.
+    Eval(eval::Args),
     /// Make a checkpoint with random weights, for benchmarks and tests.
     Synth(synth::Args),
 }
@@ -82,6 +88,8 @@ pub fn main() -> ExitCode {
         Command::Devices(args) => devices::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Parity(args) => parity::run(args),
+        Command::Quantize(args) => quantize::run(args),
+        Command::Eval(args) => eval::run(args),
         Command::Synth(args) => synth::run(args),
     };
     let Err(error) = result.and_then(|()| Ok(io::stdout().flush()?)) else { return ExitCode::SUCCESS };

@@ -8,6 +8,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use half::bf16;
+use quaver_core::checkpoint::write::place;
 use quaver_core::{Error, Result, e4m3};
 use serde_json::{Map, Value, json};
 
@@ -75,24 +76,12 @@ const CUT: f32 = 2.9;
 /// The largest activation that static scales provide for; normalized rows stay far below.
 const ACTIVATION_MAX: f32 = 16.0;
 
-/// Writes a checkpoint to a folder that must not exist yet. It is written beside its place and renamed.
+/// Writes a checkpoint to a folder that must not exist yet, whole or not at all.
 pub fn write(folder: &Path, shape: &Shape, scheme: Scheme, seed: u64) -> Result<()> {
-    if folder.exists() {
-        let why = "is there already; give a folder that is not, or remove it";
-        return Err(Error::text(folder.display().to_string(), why));
-    }
-    let part = folder.with_extension(format!("part-{}", std::process::id()));
-    let written = fill(&part, shape, scheme, seed)
-        .and_then(|()| fs::rename(&part, folder).map_err(|e| Error::io("write", folder, e)));
-    if written.is_err() {
-        // What remains of a folder that could not be written is of no use; its error is the one to report.
-        let _ = fs::remove_dir_all(&part);
-    }
-    written
+    place(folder, |folder| fill(folder, shape, scheme, seed))
 }
 
 fn fill(folder: &Path, shape: &Shape, scheme: Scheme, seed: u64) -> Result<()> {
-    fs::create_dir_all(folder).map_err(|e| Error::io("write", folder, e))?;
     let special = tokenizer::special_ids(shape.vocab);
     for (name, value) in [
         ("config.json", config(shape, scheme, &special)),

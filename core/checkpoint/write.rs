@@ -1,0 +1,194 @@
+//! Writes a checkpoint's tensors: safetensors files of a bounded size and, where there are several, their index, as
+//! Hugging Face's tools lay them out. The tensors are computed one part after another while others are written, so that
+//! memory holds a few of them only. [`place`] makes a folder appear whole or not at all.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::mpsc;
+
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Map, json};
+
+use super::Tensor;
+use super::tensors::{INDEX, SINGLE};
+use crate::bytes::Bytes;
+use crate::error::{Error, Result};
+
+/// Bytes of a file, at most: Hugging Face's habit, and what its hub likes.
+pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Bytes that are written at a time.
+const CHUNK: usize = 16 << 20;
+
+/// Parts that are computed ahead of the one that is written.
+const AHEAD: usize = 2;
+
+/// A tensor to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorDesc {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl TensorDesc {
+    /// A description from its parts.
+    pub fn new(name: impl Into<String>, dtype: Dtype, shape: &[usize]) -> Self {
+        TensorDesc { name: name.into(), dtype, shape: shape.to_vec() }
+    }
+
+    fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// Tensors that are computed together, and stand in one file.
+pub struct Part<'a> {
+    descs: Vec<TensorDesc>,
+    compute: Box<dyn FnOnce() -> Result<Vec<Bytes>> + Send + 'a>,
+}
+
+impl<'a> Part<'a> {
+    /// Tensors, and how to compute the bytes of each, in this order.
+    pub fn new(descs: Vec<TensorDesc>, compute: impl FnOnce() -> Result<Vec<Bytes>> + Send + 'a) -> Self {
+        Part { descs, compute: Box::new(compute) }
+    }
+
+    /// A tensor as it is.
+    pub fn copy(tensor: &'a Tensor) -> Self {
+        let desc = TensorDesc::new(&tensor.name, tensor.dtype.into(), &tensor.shape);
+        Part::new(vec![desc], || Ok(vec![tensor.data.clone()]))
+    }
+
+    /// Bytes of its tensors.
+    pub fn bytes(&self) -> u64 {
+        self.descs.iter().map(|desc| desc.bytes() as u64).sum()
+    }
+}
+
+/// Writes tensors to a folder that is there, in files of at most `max_shard_bytes` where a part does not take more by
+/// itself. `on_written` is told of every so many bytes.
+pub fn write_tensors(
+    folder: &Path,
+    parts: Vec<Part>,
+    max_shard_bytes: u64,
+    mut on_written: impl FnMut(u64),
+) -> Result<()> {
+    let shards = shards(parts, max_shard_bytes);
+    let count = shards.len();
+    let mut weight_map = Map::new();
+    let mut total = 0;
+    for (i, parts) in shards.into_iter().enumerate() {
+        let name = match count {
+            1 => SINGLE.to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+        };
+        total += parts.iter().map(Part::bytes).sum::<u64>();
+        let tensors = parts.iter().flat_map(|part| &part.descs).map(|desc| (desc.name.clone(), json!(name)));
+        weight_map.extend(tensors);
+        write_shard(&folder.join(&name), parts, &mut on_written)?;
+    }
+    if count > 1 {
+        weight_map.sort_keys();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        let path = folder.join(INDEX);
+        fs::write(&path, format!("{index:#}\n")).map_err(|e| Error::io("write", path, e))?;
+    }
+    Ok(())
+}
+
+/// As many parts a shard as fit, in their order.
+fn shards(parts: Vec<Part>, max_bytes: u64) -> Vec<Vec<Part>> {
+    let mut shards: Vec<Vec<Part>> = Vec::new();
+    let mut room = 0;
+    for part in parts {
+        let bytes = part.bytes();
+        match shards.last_mut() {
+            Some(shard) if bytes <= room => shard.push(part),
+            _ => {
+                room = max_bytes.max(bytes);
+                shards.push(vec![part]);
+            }
+        }
+        room -= bytes;
+    }
+    shards
+}
+
+fn write_shard(path: &Path, parts: Vec<Part>, on_written: &mut impl FnMut(u64)) -> Result<()> {
+    let fail = |e| Error::io("write", path, e);
+    let (header, offsets) = header(&parts);
+    let mut file = File::create(path).map_err(fail)?;
+    file.write_all(&header).map_err(fail)?;
+    std::thread::scope(|scope| {
+        let (sender, receiver) = mpsc::sync_channel(AHEAD);
+        scope.spawn(move || {
+            for Part { descs, compute } in parts {
+                let computed = compute().map(|tensors| (descs, tensors));
+                // Nobody receives any more where writing failed, and nobody should where computing did.
+                let failed = computed.is_err();
+                if sender.send(computed).is_err() || failed {
+                    break;
+                }
+            }
+        });
+        for computed in receiver {
+            let (descs, tensors) = computed?;
+            for (desc, bytes) in descs.iter().zip(tensors) {
+                assert_eq!(bytes.len(), desc.bytes(), "{} has the bytes that its header promises", desc.name);
+                let start = header.len() as u64 + offsets[&desc.name] as u64;
+                file.seek(SeekFrom::Start(start)).map_err(fail)?;
+                for at in (0..bytes.len()).step_by(CHUNK) {
+                    let chunk = bytes.slice(at..bytes.len().min(at + CHUNK));
+                    file.write_all(&chunk).map_err(fail)?;
+                    chunk.release();
+                    on_written(chunk.len() as u64);
+                }
+            }
+        }
+        file.sync_all().map_err(fail)
+    })
+}
+
+/// The header of a file, its length before it, and where each tensor begins behind it: the widest dtype first, then by
+/// name, so that all are aligned; as `safetensors` orders them, byte for byte.
+fn header(parts: &[Part]) -> (Vec<u8>, HashMap<String, usize>) {
+    let mut descs: Vec<&TensorDesc> = parts.iter().flat_map(|part| &part.descs).collect();
+    descs.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+    let mut end = 0;
+    let mut offsets = HashMap::new();
+    let infos = descs.into_iter().map(|desc| {
+        let start = end;
+        end += desc.bytes();
+        offsets.insert(desc.name.clone(), start);
+        let info = TensorInfo { dtype: desc.dtype, shape: desc.shape.clone(), data_offsets: (start, end) };
+        (desc.name.clone(), info)
+    });
+    let infos = infos.collect();
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let metadata = Metadata::new(Some(format), infos).expect("offsets and shapes are computed from each other");
+    let mut json = serde_json::to_vec(&metadata).expect("names, shapes and offsets are JSON");
+    json.resize(json.len().next_multiple_of(8), b' ');
+    ([&(json.len() as u64).to_le_bytes()[..], &json].concat(), offsets)
+}
+
+/// Fills a folder beside its place and renames it, so that it is there whole or not at all. It must not exist yet.
+pub fn place(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if folder.exists() {
+        let why = "is there already; give a folder that is not, or remove it";
+        return Err(Error::text(folder.display().to_string(), why));
+    }
+    let part = folder.with_extension(format!("part-{}", std::process::id()));
+    let placed = fs::create_dir_all(&part)
+        .map_err(|e| Error::io("write", &part, e))
+        .and_then(|()| fill(&part))
+        .and_then(|()| fs::rename(&part, folder).map_err(|e| Error::io("write", folder, e)));
+    if placed.is_err() {
+        // What remains of a folder that could not be filled is of no use; its error is the one to report.
+        let _ = fs::remove_dir_all(&part);
+    }
+    placed
+}

@@ -1,0 +1,146 @@
+//! The reference with the roundings of Hugging Face's `LlamaForCausalLM` in bf16 with eager attention: every module's
+//! result is rounded to bf16, and within a module what transformers computes in bf16 is. Calibration with it sees the
+//! values that llm-compressor's does. Activations are bf16 values in f32 buffers: the profile is `exact`.
+
+use half::bf16;
+
+use super::dot;
+use crate::host::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
+use crate::host::{HostBackend, Kernels, KvIn, KvOut, RowsIn};
+use crate::op::{DeviceInfo, Heads};
+
+/// These roundings as a backend.
+pub type HuggingFace = HostBackend<HuggingFaceKernels>;
+
+/// The functions of this module; what rounds nothing is the reference's.
+#[derive(Clone, Copy, Debug)]
+pub struct HuggingFaceKernels;
+
+impl HuggingFace {
+    /// A backend without buffers.
+    pub fn open() -> Self {
+        HostBackend::new(HuggingFaceKernels)
+    }
+}
+
+impl Kernels for HuggingFaceKernels {
+    fn describe(&self) -> DeviceInfo {
+        DeviceInfo {
+            backend: "reference",
+            name: "specification".into(),
+            driver: "scalar, f64 sums, one thread, rounded to bf16 where Hugging Face does".into(),
+            memory: None,
+            native_fp8: false,
+        }
+    }
+
+    /// The normalized value is rounded, then its product with gamma.
+    fn rms_norm(&mut self, x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
+        let d = gamma.len();
+        let mut row = vec![0.0; d];
+        for (x, mut out) in x.chunks_exact(d).zip(out.rows(d)) {
+            let mean = (dot(x, x) / d as f64) as f32;
+            let inv = 1.0 / (mean + eps).sqrt();
+            for ((y, x), gamma) in row.iter_mut().zip(x).zip(gamma) {
+                *y = round(round(x * inv) * gamma);
+            }
+            out.store(&row);
+        }
+    }
+
+    /// The sum is rounded, then the residual with it.
+    fn linear(&mut self, x: ActIn, w: WeightIn, k: usize, out: ColsOut, add: bool) {
+        let values = x.data.to_vec();
+        let mut channel = vec![0.0; k];
+        let mut rows = out.rows();
+        for (j, w_row) in w.rows(k).enumerate() {
+            w_row.load(&mut channel);
+            let w_scale = w.scale.map_or(1.0, |scale| scale[j]);
+            for (i, row) in rows.iter_mut().enumerate() {
+                let y = round(dot(&values[i * k..][..k], &channel) as f32 * x.scale.row(i) * w_scale);
+                let y = if add { round(row.get(j) + y) } else { y };
+                row.range(j, 1).store(&[y], 1.0);
+            }
+        }
+    }
+
+    /// Cosines and sines are rounded, both products, and their sum.
+    fn rope_append(&mut self, qkv: Slice, rope: &[f32], rows: RowsIn, heads: Heads, q: SliceMut, kv: KvOut) {
+        let turned = heads.q + heads.kv;
+        let width = (turned + heads.kv) * heads.dim;
+        let half = heads.dim / 2;
+        let mut rotated = qkv.to_vec();
+        for (row, &position) in rotated.chunks_exact_mut(width).zip(rows.position) {
+            let (cos, sin) = rope[position as usize * heads.dim..][..heads.dim].split_at(half);
+            for head in row[..turned * heads.dim].chunks_exact_mut(heads.dim) {
+                let (first, second) = head.split_at_mut(half);
+                for i in 0..half {
+                    let (a, b, cos, sin) = (first[i], second[i], round(cos[i]), round(sin[i]));
+                    first[i] = round(round(a * cos) - round(b * sin));
+                    second[i] = round(round(b * cos) + round(a * sin));
+                }
+            }
+        }
+        // What is left to do turns nothing.
+        let still = still(heads.dim, rope.len());
+        super::rope_append(Slice::F32(&rotated), &still, rows, heads, q, kv);
+    }
+
+    /// Scores are rounded, their products with the factor, the weights, and the sum of values.
+    fn attend(&mut self, q: Slice, rows: RowsIn, heads: Heads, kv: KvIn, out: ActOut) {
+        let Heads { q: q_heads, kv: kv_heads, dim } = heads;
+        let factor = (dim as f32).powf(-0.5);
+        let mut q_row = vec![0.0; q_heads * dim];
+        let mut y = vec![0.0; q_heads * dim];
+        let mut value = vec![0.0; dim];
+        for (i, mut out) in out.rows(q_heads * dim).into_iter().enumerate() {
+            let (seq, context) = (rows.seq[i], rows.position[i] as usize + 1);
+            q.row(i, q_heads * dim).load(&mut q_row);
+            for (h, (q, y)) in q_row.chunks_exact(dim).zip(y.chunks_exact_mut(dim)).enumerate() {
+                let slot = |t| rows.kv_row(seq, t, heads, h / (q_heads / kv_heads), kv.page_tokens);
+                let mut weights = Vec::with_capacity(context);
+                for t in 0..context {
+                    kv.k.row(slot(t), dim).load(&mut value);
+                    weights.push(round(round(dot(q, &value) as f32 * kv.scales.0) * factor));
+                }
+                softmax(&mut weights);
+                let mut sums = vec![0f64; dim];
+                for (t, weight) in weights.into_iter().enumerate() {
+                    kv.v.row(slot(t), dim).load(&mut value);
+                    sums.iter_mut().zip(&value).for_each(|(sum, v)| *sum += f64::from(weight) * f64::from(*v));
+                }
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = round(sum as f32 * kv.scales.1));
+            }
+            out.store(&y);
+        }
+    }
+
+    /// The activation is rounded, then its product.
+    fn swiglu(&mut self, gate_up: Slice, f: usize, out: ActOut) {
+        let (mut row, mut y) = (vec![0.0; 2 * f], vec![0.0; f]);
+        for (i, mut out) in out.rows(f).into_iter().enumerate() {
+            gate_up.row(i, 2 * f).load(&mut row);
+            for (y, (gate, up)) in y.iter_mut().zip(row[..f].iter().zip(&row[f..])) {
+                *y = round(round(gate / (1.0 + (-gate).exp())) * up);
+            }
+            out.store(&y);
+        }
+    }
+}
+
+fn round(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
+}
+
+/// In f32, rounded at the end.
+fn softmax(x: &mut [f32]) {
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    x.iter_mut().for_each(|x| *x = (*x - max).exp());
+    let sum = x.iter().map(|x| f64::from(*x)).sum::<f64>() as f32;
+    x.iter_mut().for_each(|x| *x = round(*x / sum));
+}
+
+/// A rotary table of so many elements that rotates nothing.
+fn still(dim: usize, elements: usize) -> Vec<f32> {
+    (0..elements).map(|i| if i % dim < dim / 2 { 1.0 } else { 0.0 }).collect()
+}

@@ -1,0 +1,108 @@
+//! `quaver quantize`: makes an FP8 checkpoint.
+
+use std::num::NonZero;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use quaver::core::checkpoint::{Checkpoint, Files};
+use quaver::core::quantize::{Recipe, Scheme};
+use quaver::quantize::{self, Options, Progress};
+use quaver::samples::{self, Encoder};
+
+use super::Usage;
+use super::flags::{DeviceFlags, bytes};
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The model to quantize: a folder or a Hugging Face id.
+    #[arg(value_name = "SRC")]
+    source: String,
+    /// The folder to write; it must not exist yet.
+    #[arg(value_name = "DST")]
+    folder: PathBuf,
+    /// fp8: a weight scale a tensor, static activations; fp8-channel: a weight scale a channel, static activations;
+    /// fp8-dynamic: a weight scale a channel, a scale a token for activations.
+    #[arg(long, value_name = "SCHEME", default_value = "fp8-dynamic")]
+    scheme: Scheme,
+    /// Write static FP8 scales of keys and values too.
+    #[arg(long)]
+    kv_cache: bool,
+    /// Leave this linear layer as it is: a name, or a pattern behind re:; may be given several times.
+    #[arg(long, value_name = "NAME", default_value = "lm_head")]
+    ignore: Vec<String>,
+    /// What static scales are found with: JSON lines (text, messages, prompt or input_ids), or a plain text.
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Samples of it, at most; a plain text is cut into as many.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Tokens of a sample, at most; what is longer is cut.
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(2..))]
+    max_seq_len: u32,
+    /// Take samples in an order that this seed decides, from the whole file, instead of the first ones.
+    #[arg(long, value_name = "SEED")]
+    shuffle: Option<u64>,
+    /// Samples that move the averages of --kv-cache at once.
+    #[arg(long, value_name = "N", default_value = "1")]
+    batch_size: NonZero<usize>,
+    /// Bytes of a file of weights, at most: a number, or one with K, M or G.
+    #[arg(long, value_name = "BYTES", default_value = "5000000000", value_parser = bytes)]
+    max_shard_size: u64,
+    #[command(flatten)]
+    device: DeviceFlags,
+    /// Never ask the network: take an id's model from the cache, as HF_HUB_OFFLINE=1 does.
+    #[arg(long, value_parser = clap::builder::FalseyValueParser::new(), env = "QUAVER_OFFLINE")]
+    offline: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let recipe = Recipe { scheme: args.scheme, kv_cache: args.kv_cache, ignore: args.ignore.clone() };
+    match (&args.calibration, recipe.needs_calibration()) {
+        (None, true) => {
+            let why = "static scales need --calibration FILE: JSON lines or a text of the kind that the model will see";
+            return Err(Usage(why.into()).into());
+        }
+        (Some(_), false) => {
+            let why = "fp8-dynamic has no static scales: leave --calibration out, or add --kv-cache";
+            return Err(Usage(why.into()).into());
+        }
+        _ => {}
+    }
+    let source = quaver::files(Some(&args.source), args.offline)?;
+    let (texts, data) = match &args.calibration {
+        Some(path) => (calibration(&args, &source, path)?, path.file_name().unwrap_or_default().to_string_lossy()),
+        None => (Vec::new(), "".into()),
+    };
+    let options = Options {
+        device: args.device.spec(),
+        batch: args.batch_size,
+        max_shard_bytes: args.max_shard_size,
+        ..Options::new(recipe)
+    };
+    let style = |template| ProgressStyle::with_template(template).expect("the template is sound");
+    let bar = ProgressBar::new(texts.len() as u64);
+    bar.set_style(style("calibrating {wide_bar} {pos}/{len} samples, {eta} left"));
+    let made = quantize::write(&source, &args.folder, &options, &texts, &data, |progress| match progress {
+        Progress::Sample(_) => bar.inc(1),
+        Progress::Total(bytes) => {
+            bar.reset();
+            bar.set_length(bytes);
+            bar.set_style(style("writing {wide_bar} {bytes}/{total_bytes}, {eta} left"));
+        }
+        Progress::Written(bytes) => bar.inc(bytes),
+    });
+    bar.finish_and_clear();
+    Ok(made?)
+}
+
+/// The samples of a file, as token ids.
+fn calibration(args: &Args, source: &Files, path: &std::path::Path) -> Result<Vec<Vec<u32>>> {
+    let encoder = Encoder::open(&Checkpoint::open(source.clone())?)?;
+    let (most, length) = (args.samples as usize, args.max_seq_len as usize);
+    let mut texts = samples::read(path, if args.shuffle.is_some() { usize::MAX } else { most })?;
+    if let Some(seed) = args.shuffle {
+        samples::shuffle(&mut texts, seed);
+    }
+    Ok(samples::cut(&texts, &encoder, most, length)?)
+}
