@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use self::calibrate::site;
 pub use self::calibrate::{Calibration, KvScales};
-pub use self::weights::Real;
+pub use self::weights::{QuantizedWeight, Real, quantize_weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::{Checkpoint, LinearWeight, Part, QuantizationConfig, Tensor, TensorDesc};
 use crate::error::{Error, Result};
@@ -225,9 +225,9 @@ impl<'a> Quantizer<'a> {
             real.to_bytes(&[real.scale(inputs[site(module)])])
         });
         Part::new(descs, move || {
-            let (scales, codes) = weights::quantize(weight, *real, per_row)?;
+            let QuantizedWeight { scales, codes } = quantize_weight(weight, per_row)?;
             weight.data.release();
-            let tensors = [Some(codes), Some(real.to_bytes(&scales)), input_scale];
+            let tensors = [Some(codes), Some(scales), input_scale];
             Ok(tensors.into_iter().flatten().map(Bytes::from).collect())
         })
     }

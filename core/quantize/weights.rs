@@ -71,8 +71,17 @@ impl Real {
     }
 }
 
-/// The scales of a weight `[n, k]`, one a row or one for all, and its codes; an error where a weight is not finite.
-pub fn quantize(weight: &Tensor, real: Real, per_row: bool) -> Result<(Vec<f32>, Vec<u8>)> {
+/// A weight in FP8.
+pub struct QuantizedWeight {
+    /// One a row, or one for all, in the dtype of the weight.
+    pub scales: Vec<u8>,
+    /// E4M3, shaped as the weight.
+    pub codes: Vec<u8>,
+}
+
+/// Quantizes a weight `[n, k]` with a scale a row, or one for all. Fails where it is not of real numbers, or not finite.
+pub fn quantize_weight(weight: &Tensor, per_row: bool) -> Result<QuantizedWeight> {
+    let real = Real::of(weight)?;
     let rows = weight.shape[0];
     let row = weight.data.len() / rows;
     let bytes = |i: usize| &weight.data[i * row..][..row];
@@ -104,7 +113,7 @@ pub fn quantize(weight: &Tensor, real: Real, per_row: bool) -> Result<(Vec<f32>,
             Real::F32 => encode(bytes(i), out, |b| f32::from_le_bytes(b) / scale),
         }
     });
-    Ok((scales, codes))
+    Ok(QuantizedWeight { scales: real.to_bytes(&scales), codes })
 }
 
 /// The bits of the largest magnitude, as f32. They are ordered as magnitudes are, and those of NaN are above all.

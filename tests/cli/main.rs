@@ -7,10 +7,12 @@ mod bad_models;
 mod bad_requests;
 mod bench;
 mod chat;
+mod eval;
 mod generate;
 mod hub;
 mod inspect;
 mod parity;
+mod quantize;
 mod synth;
 
 use std::ffi::OsStr;

@@ -81,7 +81,7 @@ struct CompareArgs {
 
 #[derive(clap::Args, Debug)]
 struct TasksArgs {
-    /// Files of JSON lines (docs/evaluation.md says what is in them); FILE:METRIC makes another metric than the first
+    /// Files of JSON lines (docs/model-card.md says what is in them); FILE:METRIC makes another metric than the first
     /// of exact_match, mc2 and acc the one that counts for the average.
     #[arg(value_name = "FILE", required = true)]
     files: Vec<String>,

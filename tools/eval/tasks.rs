@@ -77,7 +77,12 @@ struct Line {
 
 /// A line that can be scored.
 enum Item {
-    Choose { pairs: Vec<(String, String)>, lengths: Vec<usize>, truth: Truth },
+    /// `lengths` are the choices' characters; none where contexts are chosen from, which share a continuation.
+    Choose {
+        pairs: Vec<(String, String)>,
+        lengths: Vec<usize>,
+        truth: Truth,
+    },
     Generate(Generate),
 }
 
@@ -289,9 +294,8 @@ impl Line {
                 choose(choices.iter().map(|choice| (prompt.clone(), format!("{delimiter}{choice}"))).collect(), lengths)
             }
             (None, None, None, Some(contexts), Some(continuation)) => {
-                let lengths = contexts.iter().map(length).collect();
                 let pair = |context| (context, format!("{delimiter}{continuation}"));
-                choose(contexts.into_iter().map(pair).collect(), lengths)
+                choose(contexts.into_iter().map(pair).collect(), Vec::new())
             }
             (prompt, messages, None, None, None) if prompt.is_some() != messages.is_some() => {
                 let Some(answer) = self.answer.as_ref().and_then(Value::as_str) else {
@@ -345,7 +349,9 @@ fn judge(scored: &[Likelihood], lengths: &[usize], truth: &Truth, add: &mut impl
                 f64::from(u8::from((0..scored.len()).fold(0, better) == *answer))
             };
             add(Metric::Acc, right(&|i| scored[i].log_likelihood));
-            add(Metric::AccNorm, right(&|i| scored[i].log_likelihood / lengths[i] as f64));
+            if !lengths.is_empty() {
+                add(Metric::AccNorm, right(&|i| scored[i].log_likelihood / lengths[i] as f64));
+            }
         }
         Truth::Labels(labels) => {
             let sum = |right: bool| -> f64 {

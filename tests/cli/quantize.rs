@@ -1,0 +1,82 @@
+//! `quaver quantize`: the command around the quantizer.
+
+use std::fs;
+
+use crate::quaver;
+use crate::support::checkpoints;
+
+/// The fixture model's folder, with a tokenizer, a licence and a card of its own.
+fn source(folder: &std::path::Path) -> String {
+    let to = folder.join("source");
+    fs::create_dir(&to).unwrap();
+    let model = checkpoints::folder("tiny-llama");
+    for file in ["config.json", "generation_config.json", "model.safetensors"] {
+        fs::copy(model.join(file), to.join(file)).unwrap();
+    }
+    for file in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        fs::copy(checkpoints::demo().join(file), to.join(file)).unwrap();
+    }
+    fs::write(to.join("LICENSE.txt"), "terms").unwrap();
+    fs::write(to.join("NOTICE"), "built with").unwrap();
+    fs::write(to.join("README.md"), "---\nlicense: apache-2.0\ntags:\n- x\n---\n# Card\n").unwrap();
+    to.display().to_string()
+}
+
+#[test]
+fn a_quantized_model_answers_and_brings_everything_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, to) = (source(folder.path()), folder.path().join("out"));
+    let model = to.display().to_string();
+    let texts = folder.path().join("texts.jsonl");
+    let lines = [
+        r#"{"text": "It was a cold morning in the old house."}"#,
+        r#"{"messages": [{"role": "user", "content": "Who is Captain Hook?"}, {"role": "assistant", "content": "A pirate."}]}"#,
+        r#"{"prompt": "Once upon a time"}"#,
+        r#"{"input_ids": [4080, 895, 305]}"#,
+    ];
+    fs::write(&texts, lines.join("\n")).unwrap();
+    let texts = texts.display().to_string();
+    let args =
+        ["quantize", &source, &model, "--scheme", "fp8", "--kv-cache", "--calibration", &texts, "--shuffle", "1"];
+    assert_eq!(quaver(args).succeeds(), "");
+    for (file, text) in [("LICENSE.txt", "terms"), ("NOTICE", "built with")] {
+        assert_eq!(fs::read_to_string(to.join(file)).unwrap(), text);
+    }
+    let card = fs::read_to_string(to.join("README.md")).unwrap();
+    for part in
+        ["---\nlicense: apache-2.0\n", "| calibration | 4 samples,", "of texts.jsonl |", "--scheme fp8 --kv-cache"]
+    {
+        assert!(card.contains(part), "{part:?} is not in {card}");
+    }
+    let answer = quaver(["generate", "--model", &model, "--temperature", "0", "Who is Captain Hook?"]).succeeds();
+    assert_eq!(answer, "Captain Hook is a pirate, and the great enemy of Peter Pan.\n");
+    let inspected = quaver(["inspect", "--model", &model, "--json"]).json().remove(0);
+    assert_eq!(inspected["tensors"], serde_json::Value::Null);
+}
+
+#[test]
+fn mistakes_are_told_before_anything_is_computed() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("out").display().to_string();
+    let source = checkpoints::folder("tiny-llama").display().to_string();
+    let static_scales =
+        "static scales need --calibration FILE: JSON lines or a text of the kind that the model will see";
+    quaver(["quantize", &source, &to, "--scheme", "fp8"]).fails(2, static_scales);
+    quaver(["quantize", &source, &to, "--kv-cache"]).fails(2, static_scales);
+    quaver(["quantize", &source, &to, "--calibration", "x.jsonl"])
+        .fails(2, "fp8-dynamic has no static scales: leave --calibration out, or add --kv-cache");
+    quaver(["quantize", &source, &to, "--scheme", "int8"])
+        .fails_with(2, &["the schemes are fp8, fp8-channel, fp8-dynamic"]);
+    let texts = folder.path().join("texts.jsonl");
+    let path = texts.display().to_string();
+    for (text, why) in [
+        ("", "has no sample; give a JSON object a line, such as {\"text\": ...}"),
+        ("{\"txt\": \"a\"}", "line 1: has none of text, messages, prompt and input_ids; give one"),
+        ("{\"text\": \"a\"}\nnonsense", "line 2: expected ident at line 1 column 2; a JSON object a line is expected"),
+    ] {
+        fs::write(&texts, text).unwrap();
+        let message = format!("{path}: {why}");
+        quaver(["quantize", &source, &to, "--scheme", "fp8", "--calibration", &path]).fails(1, &message);
+    }
+    assert!(!folder.path().join("out").exists());
+}
