@@ -123,6 +123,12 @@ fn calibration_on_the_cpu_is_within_2_ulp_of_llm_compressors() {
 }
 
 #[test]
+fn calibration_with_hugging_faces_roundings_is_llm_compressors() {
+    let off = calibrated_with(Spec { variant: Some("hf-bf16".into()), ..Kind::Reference.into() });
+    assert_eq!(off, BTreeMap::from([(0, 54)]));
+}
+
+#[test]
 fn weights_of_every_dtype_are_quantized_as_compressed_tensors_does() {
     let bytes = fs::read(fixtures().join("goldens/quantized-weights.safetensors")).unwrap();
     let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();

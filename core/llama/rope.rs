@@ -89,6 +89,18 @@ impl Rope {
         }
         table
     }
+
+    /// The table as transformers computes it, frequencies and angles in f32: what a model sees that is calibrated there.
+    /// It is as wrong as f32 makes it.
+    pub fn table_of_transformers(&self, dim: usize, positions: usize) -> Vec<f32> {
+        let freqs = (0..dim / 2).map(|i| self.theta.powf((2 * i) as f64 / dim as f64) as f32).map(|power| 1.0 / power);
+        let inv_freq: Vec<f32> = freqs.map(|freq| self.scaling.apply_in_f32(freq)).collect();
+        let row = |position| {
+            let angles = inv_freq.iter().map(move |freq| f64::from(freq * position as f32));
+            angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|x| x as f32)
+        };
+        (0..positions).flat_map(row).collect()
+    }
 }
 
 impl RopeScaling {
@@ -139,6 +151,30 @@ impl RopeScaling {
     }
 }
 
+impl RopeScaling {
+    /// The same in f32, operation by operation as transformers has it: a number over a tensor is the reciprocal times the
+    /// number there.
+    fn apply_in_f32(&self, freq: f32) -> f32 {
+        match *self {
+            RopeScaling::None => freq,
+            RopeScaling::Linear { factor } => freq / factor as f32,
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                let context = original_max_position as f64;
+                let wavelength = 1.0 / freq * (2.0 * PI) as f32;
+                if wavelength < (context / high_freq_factor) as f32 {
+                    return freq;
+                }
+                if wavelength > (context / low_freq_factor) as f32 {
+                    return freq / factor as f32;
+                }
+                let turns = 1.0 / wavelength * context as f32;
+                let kept = (turns - low_freq_factor as f32) / (high_freq_factor - low_freq_factor) as f32;
+                (1.0 - kept) * freq / factor as f32 + kept * freq
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,11 +202,15 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_position: 512,
         };
-        let got = Rope { theta: 500_000.0, scaling }.inv_freq(64);
+        let rope = Rope { theta: 500_000.0, scaling };
+        let got = rope.inv_freq(64);
         assert_eq!(got.len(), GOLDEN.len());
         for (i, (got, want)) in got.iter().zip(GOLDEN).enumerate() {
             assert!((got / want - 1.0).abs() < 1e-6, "pair {i}: {got} against {want}");
         }
+        // The second row of the table has the sines of the frequencies themselves.
+        let want = GOLDEN.map(|freq| f64::from(freq as f32).sin() as f32);
+        assert_eq!(rope.table_of_transformers(64, 2)[96..], want);
     }
 
     #[test]

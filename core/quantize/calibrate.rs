@@ -11,6 +11,7 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use super::weights::Real;
 use super::{HEAD, Quantizer};
 use crate::batch::Batch;
+use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::llama::{KvCache, Llama, Profile, Sizes};
 use crate::op::{Act, Backend, Buf, BufDesc, DType, Extent, Line, Op, Plan, Program, Step};
@@ -161,10 +162,16 @@ impl<'b> Run<'b> {
         let table: Vec<u32> = (0..pages as u32).collect();
         backend.write(llama.inputs.rows.page_table, 0, cast_slice(&table))?;
 
+        // llm-compressor calibrates in transformers, whose angles are f32: keys at large positions differ.
+        let (dim, positions) = (llama.config.heads.dim, pages * PAGE_TOKENS);
+        let table = llama.config.rope.table_of_transformers(dim, positions);
+        let table = Bytes::from(cast_slice::<f32, u8>(&table).to_vec());
+        let table = backend.load(&BufDesc::new("rope", DType::F32, Extent::Fixed(positions), dim), &[table])?;
+
         let base = llama.program(rows, if with_head { rows } else { 0 });
         let mut program = Program::new(base.rows, base.wanted, base.live);
         let mut observers = BTreeMap::new();
-        for Line { label, op } in base.lines {
+        for Line { label, mut op } in base.lines {
             if let Op::Linear { x: Act::Real(x), .. } = op {
                 let desc = BufDesc::new(format!("{label}.amax"), DType::F32, Extent::Fixed(1), 1);
                 let out = backend.alloc(&desc)?;
@@ -175,6 +182,9 @@ impl<'b> Run<'b> {
                 if label == HEAD {
                     break;
                 }
+            }
+            if let Op::RopeAppend { rope, .. } = &mut op {
+                *rope = table;
             }
             program.lines.push(Line { label, op });
         }

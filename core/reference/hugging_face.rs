@@ -1,6 +1,7 @@
 //! The reference with the roundings of Hugging Face's `LlamaForCausalLM` in bf16 with eager attention: every module's
 //! result is rounded to bf16, and within a module what transformers computes in bf16 is. Calibration with it sees the
-//! values that llm-compressor's does. Activations are bf16 values in f32 buffers: the profile is `exact`.
+//! values that llm-compressor's does, to the bit where oneDNN multiplies with AVX-512-BF16: sums of products are taken in
+//! f32 in the order of its kernels ([`Sum`]). Activations are bf16 values in f32 buffers: the profile is `exact`.
 
 use half::bf16;
 
@@ -28,7 +29,7 @@ impl Kernels for HuggingFaceKernels {
         DeviceInfo {
             backend: "reference",
             name: "specification".into(),
-            driver: "scalar, f64 sums, one thread, rounded to bf16 where Hugging Face does".into(),
+            driver: "scalar, one thread, rounded to bf16 where Hugging Face does".into(),
             memory: None,
             native_fp8: false,
         }
@@ -53,13 +54,25 @@ impl Kernels for HuggingFaceKernels {
         let values = x.data.to_vec();
         let mut channel = vec![0.0; k];
         let mut rows = out.rows();
+        // Rows side by side, element by element, so that the compiler adds to many sums at once.
+        let panels: Vec<Vec<[f32; LANES]>> = values
+            .chunks(LANES * k)
+            .map(|rows| {
+                let value = |i, lane| rows.get(lane * k + i).copied().unwrap_or(0.0);
+                (0..k).map(|i| std::array::from_fn(|lane| value(i, lane))).collect()
+            })
+            .collect();
         for (j, w_row) in w.rows(k).enumerate() {
             w_row.load(&mut channel);
             let w_scale = w.scale.map_or(1.0, |scale| scale[j]);
-            for (i, row) in rows.iter_mut().enumerate() {
-                let y = round(dot(&values[i * k..][..k], &channel) as f32 * x.scale.row(i) * w_scale);
-                let y = if add { round(row.get(j) + y) } else { y };
-                row.range(j, 1).store(&[y], 1.0);
+            for (p, panel) in panels.iter().enumerate() {
+                let mut sum = Sum::<LANES>::new();
+                panel.iter().zip(&channel).for_each(|(x, w)| sum.push(x.map(|x| x * w)));
+                for (i, (row, sum)) in rows[p * LANES..].iter_mut().zip(sum.end()).enumerate() {
+                    let y = round(sum * x.scale.row(p * LANES + i) * w_scale);
+                    let y = if add { round(row.get(j) + y) } else { y };
+                    row.range(j, 1).store(&[y], 1.0);
+                }
             }
         }
     }
@@ -101,15 +114,20 @@ impl Kernels for HuggingFaceKernels {
                 let mut weights = Vec::with_capacity(context);
                 for t in 0..context {
                     kv.k.row(slot(t), dim).load(&mut value);
-                    weights.push(round(round(dot(q, &value) as f32 * kv.scales.0) * factor));
+                    let mut score = Sum::<1>::new();
+                    q.iter().zip(&value).for_each(|(q, k)| score.push([q * k]));
+                    let [score] = score.end();
+                    weights.push(round(round(score * kv.scales.0) * factor));
                 }
                 softmax(&mut weights);
-                let mut sums = vec![0f64; dim];
-                for (t, weight) in weights.into_iter().enumerate() {
-                    kv.v.row(slot(t), dim).load(&mut value);
-                    sums.iter_mut().zip(&value).for_each(|(sum, v)| *sum += f64::from(weight) * f64::from(*v));
+                for (first, y) in y.chunks_mut(LANES).enumerate() {
+                    let mut sum = Sum::<LANES>::new();
+                    for (t, weight) in weights.iter().enumerate() {
+                        kv.v.row(slot(t), dim).range(first * LANES, y.len()).load(&mut value[..y.len()]);
+                        sum.push(std::array::from_fn(|lane| weight * value[lane.min(y.len() - 1)]));
+                    }
+                    y.iter_mut().zip(sum.end()).for_each(|(y, sum)| *y = round(sum * kv.scales.1));
                 }
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = round(sum as f32 * kv.scales.1));
             }
             out.store(&y);
         }
@@ -126,6 +144,58 @@ impl Kernels for HuggingFaceKernels {
             out.store(&y);
         }
     }
+}
+
+/// Sums that are taken side by side.
+const LANES: usize = 16;
+
+/// Sums of products of bf16 numbers, which are exact in f32, as oneDNN takes them with `vdpbf16ps`: of each two products
+/// the second is added first (Intel SDM, `VDPBF16PS`), and after each 512 a new sum begins, which is added to the last.
+struct Sum<const N: usize> {
+    total: Option<[f32; N]>,
+    part: [f32; N],
+    held: Option<[f32; N]>,
+    count: usize,
+}
+
+impl<const N: usize> Sum<N> {
+    const BLOCK: usize = 512;
+
+    fn new() -> Self {
+        Sum { total: None, part: [0.0; N], held: None, count: 0 }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, products: [f32; N]) {
+        match self.held.take() {
+            None => self.held = Some(products),
+            Some(held) => self.part = plus(plus(self.part, products), held),
+        }
+        self.count += 1;
+        if self.count.is_multiple_of(Self::BLOCK) {
+            self.close();
+        }
+    }
+
+    fn close(&mut self) {
+        let part = std::mem::replace(&mut self.part, [0.0; N]);
+        self.total = Some(self.total.map_or(part, |total| plus(total, part)));
+    }
+
+    fn end(mut self) -> [f32; N] {
+        if let Some(held) = self.held.take() {
+            self.part = plus(self.part, held);
+        }
+        if !self.count.is_multiple_of(Self::BLOCK) || self.total.is_none() {
+            self.close();
+        }
+        self.total.unwrap_or([0.0; N])
+    }
+}
+
+#[inline(always)]
+fn plus<const N: usize>(a: [f32; N], b: [f32; N]) -> [f32; N] {
+    std::array::from_fn(|i| a[i] + b[i])
 }
 
 fn round(x: f32) -> f32 {
