@@ -3,17 +3,19 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::ControlFlow;
 
 use bytemuck::{cast_slice, cast_slice_mut};
 
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::guide::Guide;
 use crate::kv::Pages;
 use crate::llama::{KvCache, Llama, Profile, Sizes};
 use crate::op::{Backend, DType, DeviceInfo, Plan};
-use crate::sampler::{Count, RowParams, Sampled, SamplingParams};
-use crate::scheduler::{Scheduler, Sequence, Share};
+use crate::sampler::{Count, NO_TOKEN, RowParams, Sampled, Sampler, SamplingParams};
+use crate::scheduler::{Budget, Scheduler, Sequence, Share};
 
 /// How an engine is laid out. The defaults serve a command line.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +30,11 @@ pub struct EngineOptions {
     pub max_num_seqs: usize,
     /// Rows of a step; never fewer than sequences, so that each of them can go on in every step.
     pub max_num_batched_tokens: usize,
+    /// Rows of prompts in a step in which other sequences decode: how long these may be held up. A
+    /// server bounds it; what has no streams loses speed by it.
+    pub max_prompt_tokens_beside: usize,
+    /// Keep whole pages for requests that begin alike.
+    pub prefix_caching: bool,
     /// Bytes that the KV cache may take, at most; it takes no more than all sequences can fill.
     pub kv_cache_memory: u64,
 }
@@ -40,6 +47,8 @@ impl Default for EngineOptions {
             max_model_len: None,
             max_num_seqs: 16,
             max_num_batched_tokens: 512,
+            max_prompt_tokens_beside: usize::MAX,
+            prefix_caching: true,
             kv_cache_memory: 4 << 30,
         }
     }
@@ -66,13 +75,15 @@ pub struct Token {
     pub id: u32,
     /// Natural logarithm of its probability, before temperature and filters.
     pub logprob: f32,
+    /// Its place among all tokens by probability; 1 is the likeliest.
+    pub rank: u32,
     /// The most probable tokens, best first, as many as were asked for.
     pub top: Vec<(u32, f32)>,
 }
 
 impl From<&Sampled> for Token {
     fn from(sampled: &Sampled) -> Self {
-        Token { id: sampled.token, logprob: sampled.logprob, top: sampled.top().collect() }
+        Token { id: sampled.token, logprob: sampled.logprob, rank: sampled.rank, top: sampled.top().collect() }
     }
 }
 
@@ -88,6 +99,11 @@ pub enum FinishReason {
 /// What a step brought for a request.
 #[derive(Debug)]
 pub enum Output {
+    /// The request has begun; so many of the prompt's tokens were in the cache. Once a request.
+    Begun {
+        /// Tokens that need not be computed.
+        cached: usize,
+    },
     /// Scores of the prompt's tokens, in order, from the second on; in pieces where the prompt is long.
     Prompt(Vec<Token>),
     /// The next token.
@@ -98,22 +114,107 @@ pub enum Output {
     Failed(Error),
 }
 
+/// What an engine has done since it was opened, and what it is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences that run.
+    pub running: usize,
+    /// Sequences that wait for a place.
+    pub waiting: usize,
+    /// Pages of the KV cache that sequences hold.
+    pub pages_used: usize,
+    /// All pages of the KV cache.
+    pub pages: usize,
+    /// How often a sequence had to give up its pages, to be computed again.
+    pub preemptions: u64,
+    /// Tokens of prompts that the cache was asked for.
+    pub prefix_queries: u64,
+    /// How many of them it held.
+    pub prefix_hits: u64,
+    /// Tokens of prompts that were read, those from the cache included.
+    pub prompt_tokens: u64,
+    /// Tokens that were generated.
+    pub generation_tokens: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Rows of all steps.
+    pub rows: u64,
+}
+
 struct Request {
     params: SamplingParams,
     seed: u64,
     prompt: usize,
+    /// [`Output::Begun`] was given.
+    begun: bool,
+    /// Tokens of the prompt whose scores were given, and the first, which has none.
+    scored: usize,
+    guide: Option<Box<dyn Guide>>,
+}
+
+impl Request {
+    /// True where the next token is chosen on the host, behind `generated` ones: the device knows no guides and biases.
+    fn is_chosen_on_host(&self, generated: usize) -> bool {
+        self.guide.is_some() || !self.params.logit_bias.is_empty() || generated < self.params.min_tokens
+    }
+
+    /// What ends the request behind a token, where something does.
+    fn end_behind(&mut self, token: u32, eos: &[u32]) -> Option<Output> {
+        let is_eos = !self.params.ignore_eos && eos.contains(&token);
+        if is_eos || self.params.stop_token_ids.contains(&token) {
+            return Some(Output::Finished(FinishReason::Stop));
+        }
+        match self.guide.as_mut()?.advance(token) {
+            Ok(ControlFlow::Continue(())) => None,
+            Ok(ControlFlow::Break(())) => Some(Output::Finished(FinishReason::Stop)),
+            Err(error) => Some(Output::Failed(error)),
+        }
+    }
+}
+
+/// What a request may ask for, whatever else is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Entries of the vocabulary.
+    pub vocab: usize,
+    /// Tokens that a sequence can have.
+    pub context: usize,
+}
+
+impl Limits {
+    /// Checks a request, as [`Engine::submit`] does.
+    ///
+    /// # Errors
+    /// Where the prompt is empty or too long, a token id is none of the vocabulary, or a parameter means nothing.
+    pub fn check(&self, prompt: &[u32], params: &SamplingParams) -> Result<()> {
+        params.validate()?;
+        if prompt.is_empty() {
+            return Err(Error::PromptEmpty);
+        }
+        let ids = prompt.iter().chain(&params.stop_token_ids).chain(params.logit_bias.iter().map(|(id, _)| id));
+        if let Some(&id) = ids.into_iter().find(|&&id| id as usize >= self.vocab) {
+            return Err(Error::TokenOutOfRange { id, vocab: self.vocab });
+        }
+        // A prompt that leaves no room for a token is as useless as one that does not fit, unless none is asked for.
+        let least = prompt.len() + params.max_tokens.min(1);
+        if least > self.context {
+            return Err(Error::PromptTooLong { got: prompt.len(), max: self.context });
+        }
+        Ok(())
+    }
 }
 
 /// Why a row of a step is wanted.
 enum Want {
     Score(RequestId),
     Choose(RequestId),
+    ChooseOnHost(RequestId),
 }
 
 impl Want {
     fn id(&self) -> RequestId {
         match *self {
-            Want::Score(id) | Want::Choose(id) => id,
+            Want::Score(id) | Want::Choose(id) | Want::ChooseOnHost(id) => id,
         }
     }
 }
@@ -126,7 +227,9 @@ pub struct Engine {
     scheduler: Scheduler<RequestId>,
     requests: HashMap<RequestId, Request>,
     plans: HashMap<(usize, usize), Plan>,
+    sampler: Sampler,
     next_id: u64,
+    stats: Stats,
 }
 
 impl Engine {
@@ -135,12 +238,15 @@ impl Engine {
         let sizes = sizes(checkpoint, options)?;
         let llama = Llama::load(checkpoint, &mut *backend, options.profile, options.kv_cache, sizes)?;
         let pages = Pages::new(sizes.pages, PAGE_TOKENS);
+        let budget = Budget { rows: sizes.rows, beside: options.max_prompt_tokens_beside };
         let mut engine = Engine {
-            scheduler: Scheduler::new(sizes.sequences, pages, sizes.rows),
+            scheduler: Scheduler::new(sizes.sequences, pages, budget, options.prefix_caching),
             eos: checkpoint.generation().eos.clone(),
             requests: HashMap::new(),
             plans: HashMap::new(),
+            sampler: Sampler::new(),
             next_id: 0,
+            stats: Stats::default(),
             backend,
             llama,
         };
@@ -163,27 +269,39 @@ impl Engine {
         (self.scheduler.pages().free(), self.scheduler.pages().total())
     }
 
+    /// What the engine is doing, and has done.
+    pub fn stats(&self) -> Stats {
+        let (running, waiting) = self.scheduler.counts();
+        let (free, pages) = self.pages();
+        let preemptions = self.scheduler.preemptions();
+        Stats { running, waiting, pages, pages_used: pages - free, preemptions, ..self.stats }
+    }
+
+    /// What a request may ask for.
+    pub fn limits(&self) -> Limits {
+        Limits { vocab: self.llama.config.vocab, context: self.llama.sizes.context }
+    }
+
     /// Takes a request: the prompt's token ids, and how to go on from there.
     pub fn submit(&mut self, prompt: &[u32], params: SamplingParams) -> Result<RequestId> {
-        params.validate()?;
-        let (vocab, context) = (self.llama.config.vocab, self.llama.sizes.context);
-        if prompt.is_empty() {
-            return Err(Error::PromptEmpty);
-        }
-        if let Some(&id) = prompt.iter().chain(&params.stop_token_ids).find(|&&id| id as usize >= vocab) {
-            return Err(Error::TokenOutOfRange { id, vocab });
-        }
-        // A prompt that leaves no room for a token is as useless as one that does not fit, unless none is asked for.
-        let least = prompt.len() + params.max_tokens.min(1);
-        if least > context {
-            return Err(Error::PromptTooLong { got: prompt.len(), max: context });
-        }
+        self.submit_guided(prompt, params, None)
+    }
+
+    /// The same, with a guide that says which tokens may come next.
+    pub fn submit_guided(
+        &mut self,
+        prompt: &[u32],
+        params: SamplingParams,
+        guide: Option<Box<dyn Guide>>,
+    ) -> Result<RequestId> {
+        self.limits().check(prompt, &params)?;
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        let limit = prompt.len().saturating_add(params.max_tokens).min(context);
-        self.scheduler.submit(id, Sequence::new(prompt.to_vec(), limit));
+        let limit = prompt.len().saturating_add(params.max_tokens).min(self.llama.sizes.context);
+        self.scheduler.submit(id, Sequence::new(prompt.to_vec(), limit, params.prompt_logprobs.is_none()));
         let seed = params.seed.unwrap_or_else(random_seed);
-        self.requests.insert(id, Request { params, seed, prompt: prompt.len() });
+        let request = Request { params, seed, prompt: prompt.len(), begun: false, scored: 1, guide };
+        self.requests.insert(id, request);
         Ok(id)
     }
 
@@ -200,68 +318,144 @@ impl Engine {
 
     /// Runs one step, and gives what it brought, in the order of the sequences.
     pub fn step(&mut self) -> Result<Vec<(RequestId, Output)>> {
+        let mut outputs = Vec::new();
         for id in self.scheduler.admit() {
-            self.place(id)?;
+            outputs.extend(self.place(id)?.map(|output| (id, output)));
+        }
+        for id in self.scheduler.grow() {
+            self.write_last_page(id)?;
         }
         let shares = self.scheduler.plan();
         if shares.is_empty() {
-            return Ok(Vec::new());
+            return Ok(outputs);
         }
         let mut batch = Batch::default();
         let mut wants = Vec::new();
         for share in &shares {
-            let (sequence, request) = running(&mut self.scheduler, &self.requests, share.id);
+            let (sequence, request) = running(&mut self.scheduler, &mut self.requests, share.id);
             let slot = sequence.slot();
             let (first, end) = (sequence.computed, sequence.computed + share.rows);
             let row = batch.push(slot, first, &sequence.tokens[first..end]);
             if let Some(top_n) = request.params.prompt_logprobs {
-                for position in first..end.min(request.prompt - 1) {
+                for position in first.max(request.scored - 1)..end.min(request.prompt - 1) {
                     let params = RowParams::score(slot, sequence.tokens[position + 1], top_n as u32);
                     batch.want(row + position - first, params);
                     wants.push(Want::Score(share.id));
                 }
             }
             if end == sequence.tokens.len() && end < sequence.limit {
-                batch.want(row + share.rows - 1, request.params.row(slot, end as u32, request.seed));
-                wants.push(Want::Choose(share.id));
+                let row = row + share.rows - 1;
+                if request.is_chosen_on_host(end - request.prompt) {
+                    // Whatever token the device scores: only the logits are read.
+                    batch.want(row, RowParams::score(slot, 0, 0));
+                    wants.push(Want::ChooseOnHost(share.id));
+                } else {
+                    batch.want(row, request.params.row(slot, end as u32, request.seed));
+                    wants.push(Want::Choose(share.id));
+                }
             }
         }
-        let sampled = self.run(&batch)?;
-        Ok(self.settle(&shares, &wants, &sampled))
+        let results = self.run(&batch, &wants)?;
+        self.stats.steps += 1;
+        self.stats.rows += batch.rows() as u64;
+        outputs.extend(self.settle(&shares, &wants, results));
+        Ok(outputs)
     }
 
-    /// Writes an admitted sequence's row of the page table and, where penalties need it, of the history.
-    fn place(&mut self, id: RequestId) -> Result<()> {
-        let (sequence, request) = running(&mut self.scheduler, &self.requests, id);
+    /// Writes an admitted sequence's row of the page table and, where penalties need it, of the history. Gives what
+    /// there is to tell where it was admitted for the first time.
+    fn place(&mut self, id: RequestId) -> Result<Option<Output>> {
+        let (sequence, request) = running(&mut self.scheduler, &mut self.requests, id);
         let slot = sequence.slot() as usize;
         let inputs = &self.llama.inputs;
         let width = self.llama.sizes.pages_a_sequence() * 4;
         self.backend.write(inputs.rows.page_table, slot * width, cast_slice(&sequence.pages))?;
         if request.params.penalizes() {
             let mut history = vec![0; self.llama.config.vocab];
-            Count::fill(&mut history, &sequence.tokens, &[]);
+            let (prompt, output) = sequence.tokens.split_at(request.prompt);
+            Count::fill(&mut history, prompt, output);
             self.backend.write(inputs.history, slot * history.len() * 4, cast_slice(&history))?;
         }
-        Ok(())
+        if std::mem::replace(&mut request.begun, true) {
+            return Ok(None);
+        }
+        let cached = sequence.computed;
+        if sequence.reuse {
+            self.stats.prefix_queries += request.prompt as u64;
+            self.stats.prefix_hits += cached as u64;
+        }
+        self.stats.prompt_tokens += request.prompt as u64;
+        Ok(Some(Output::Begun { cached }))
     }
 
-    /// Runs a batch, the head as often as the wanted rows need it.
-    fn run(&mut self, batch: &Batch) -> Result<Vec<Sampled>> {
+    /// Writes the page that a sequence grew by.
+    fn write_last_page(&mut self, id: RequestId) -> Result<()> {
+        let (sequence, _) = running(&mut self.scheduler, &mut self.requests, id);
+        let last = sequence.pages.len() - 1;
+        let at = sequence.slot() as usize * self.llama.sizes.pages_a_sequence() + last;
+        self.backend.write(self.llama.inputs.rows.page_table, at * 4, cast_slice(&sequence.pages[last..]))
+    }
+
+    /// Runs a batch, the head as often as the wanted rows need it. What is to be chosen on the host is chosen there.
+    fn run(&mut self, batch: &Batch, wants: &[Want]) -> Result<Vec<Result<Sampled>>> {
         batch.write(&self.llama, &mut *self.backend)?;
-        let mut sampled = vec![Sampled::NONE; batch.wanted()];
-        let (mut first, mut rows) = (0, batch.rows());
+        let mut results = Vec::with_capacity(wants.len());
+        let mut rows = batch.rows();
         loop {
-            let count = (batch.wanted() - first).min(self.llama.sizes.wanted);
+            let first = results.len();
+            let count = (wants.len() - first).min(self.llama.sizes.wanted);
             let plan = self.plan(rows, count)?;
             batch.write_wanted(&self.llama, &mut *self.backend, first, count)?;
             let step = self.backend.run(plan)?;
-            let into = cast_slice_mut(&mut sampled[first..first + count]);
-            self.backend.read(step, self.llama.outputs.sampled, 0, into)?;
-            (first, rows) = (first + count, 0);
-            if first == batch.wanted() {
-                return Ok(sampled);
+            let mut sampled = vec![Sampled::NONE; count];
+            self.backend.read(step, self.llama.outputs.sampled, 0, cast_slice_mut(&mut sampled))?;
+            for (row, (want, sampled)) in wants[first..].iter().zip(sampled).enumerate() {
+                results.push(match want {
+                    Want::ChooseOnHost(id) => {
+                        let mut logits = vec![0f32; self.llama.config.vocab];
+                        let at = row * logits.len() * 4;
+                        self.backend.read(step, self.llama.outputs.logits, at, cast_slice_mut(&mut logits))?;
+                        self.choose(*id, &logits)
+                    }
+                    _ => Ok(sampled),
+                });
+            }
+            rows = 0;
+            if results.len() == wants.len() {
+                return Ok(results);
             }
         }
+    }
+
+    /// Chooses a request's next token from its logits, `[vocab]`: among those that its guide allows, and with its biases.
+    /// Log-probabilities are those of the logits as they are, here as on a device.
+    fn choose(&mut self, id: RequestId, logits: &[f32]) -> Result<Sampled> {
+        let (sequence, request) = running(&mut self.scheduler, &mut self.requests, id);
+        let (slot, params) = (sequence.slot(), &request.params);
+        let (prompt, output) = sequence.tokens.split_at(request.prompt);
+        let mut allowed = logits.to_vec();
+        for &(id, bias) in &params.logit_bias {
+            allowed[id as usize] += bias;
+        }
+        if output.len() < params.min_tokens {
+            let eos = if params.ignore_eos { &[][..] } else { &self.eos };
+            for &id in eos.iter().chain(&params.stop_token_ids) {
+                allowed[id as usize] = f32::NEG_INFINITY;
+            }
+        }
+        if let Some(guide) = &mut request.guide {
+            guide.mask(&mut allowed)?;
+        }
+        let mut history = vec![0; logits.len()];
+        if params.penalizes() {
+            Count::fill(&mut history, prompt, output);
+        }
+        let row = params.row(slot, sequence.tokens.len() as u32, request.seed);
+        let token = self.sampler.sample(&allowed, &row, &mut history).token;
+        if token == NO_TOKEN && logits.iter().any(|logit| logit.is_finite()) {
+            return Err(Error::text("structured output", "no token may come next; change the grammar or min_tokens"));
+        }
+        Ok(self.sampler.sample(logits, &RowParams::score(slot, token, row.top_n), &mut []))
     }
 
     /// The plan of a program for at least `rows` rows (0: the head alone) and `wanted` wanted ones. Sizes are rounded up
@@ -284,45 +478,53 @@ impl Engine {
     }
 
     /// Books what a step computed, and says what it brought.
-    fn settle(&mut self, shares: &[Share<RequestId>], wants: &[Want], sampled: &[Sampled]) -> Vec<(RequestId, Output)> {
-        let mut results = wants.iter().zip(sampled).peekable();
+    fn settle(
+        &mut self,
+        shares: &[Share<RequestId>],
+        wants: &[Want],
+        results: Vec<Result<Sampled>>,
+    ) -> Vec<(RequestId, Output)> {
+        let mut results = wants.iter().zip(results).peekable();
         let mut outputs = Vec::new();
-        for share in shares {
-            let (sequence, request) = running(&mut self.scheduler, &self.requests, share.id);
-            sequence.computed += share.rows;
-            let (mut scores, mut chosen, mut damaged) = (Vec::new(), None, false);
-            while let Some((want, sampled)) = results.next_if(|(want, _)| want.id() == share.id) {
-                damaged |= sampled.rank == 0 || sampled.bad_logits > 0;
-                match want {
-                    Want::Score(_) => scores.push(Token::from(sampled)),
-                    Want::Choose(_) => chosen = Some(Token::from(sampled)),
+        for &Share { id, rows } in shares {
+            self.scheduler.advance(id, rows);
+            let (sequence, request) = running(&mut self.scheduler, &mut self.requests, id);
+            let (mut scores, mut chosen, mut failure) = (Vec::new(), None, None);
+            while let Some((want, result)) = results.next_if(|(want, _)| want.id() == id) {
+                match (want, result) {
+                    (_, Err(error)) => failure = Some(error),
+                    (_, Ok(sampled)) if sampled.rank == 0 || sampled.bad_logits > 0 => {
+                        let why = "the logits are not finite: the checkpoint is damaged, or the device is";
+                        failure = Some(Error::device(self.backend.describe().backend, why));
+                    }
+                    (Want::Score(_), Ok(sampled)) => scores.push(Token::from(&sampled)),
+                    (_, Ok(sampled)) => chosen = Some(Token::from(&sampled)),
                 }
             }
-            let mut end = None;
-            if damaged {
-                let why = "the logits are not finite: the checkpoint is damaged, or the device is";
-                end = Some(Output::Failed(Error::device(self.backend.describe().backend, why)));
-                (scores, chosen) = (Vec::new(), None);
+            if let Some(error) = failure {
+                outputs.push((id, Output::Failed(error)));
+                self.scheduler.discard(id);
+                self.requests.remove(&id);
+                continue;
             }
             if !scores.is_empty() {
-                outputs.push((share.id, Output::Prompt(scores)));
+                request.scored += scores.len();
+                outputs.push((id, Output::Prompt(scores)));
             }
+            let mut end = None;
             if let Some(token) = chosen {
-                let params = &request.params;
-                let eos = !params.ignore_eos && self.eos.contains(&token.id);
-                if eos || params.stop_token_ids.contains(&token.id) {
-                    end = Some(Output::Finished(FinishReason::Stop));
-                }
+                self.stats.generation_tokens += 1;
                 sequence.tokens.push(token.id);
-                outputs.push((share.id, Output::Token(token)));
+                end = request.end_behind(token.id, &self.eos);
+                outputs.push((id, Output::Token(token)));
             }
             if end.is_none() && sequence.computed.max(sequence.tokens.len()) >= sequence.limit {
                 let prompt_done = sequence.computed >= request.prompt;
                 end = prompt_done.then_some(Output::Finished(FinishReason::Length));
             }
             if let Some(end) = end {
-                outputs.push((share.id, end));
-                self.cancel(share.id);
+                outputs.push((id, end));
+                self.cancel(id);
             }
         }
         outputs
@@ -332,11 +534,11 @@ impl Engine {
 /// A running sequence and its request; neither is without the other.
 fn running<'a>(
     scheduler: &'a mut Scheduler<RequestId>,
-    requests: &'a HashMap<RequestId, Request>,
+    requests: &'a mut HashMap<RequestId, Request>,
     id: RequestId,
-) -> (&'a mut Sequence, &'a Request) {
+) -> (&'a mut Sequence, &'a mut Request) {
     let sequence = scheduler.get_mut(id).expect("what the scheduler plans or admits is running");
-    (sequence, requests.get(&id).expect("a request is forgotten when its sequence is removed"))
+    (sequence, requests.get_mut(&id).expect("a request is forgotten when its sequence is removed"))
 }
 
 /// Buffer sizes for a checkpoint: what the options allow, and no more than the KV cache can serve.
@@ -350,6 +552,7 @@ pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<
     let EngineOptions { max_num_seqs: sequences, max_num_batched_tokens: rows, .. } = *options;
     bounded("--max-num-seqs", sequences, MAX_NUM_SEQS, "at least 1 and at most 4096")?;
     bounded("--max-num-batched-tokens", rows, MAX_NUM_BATCHED_TOKENS, "at least 1 and at most 65536")?;
+    bounded("--max-prompt-tokens-beside", options.max_prompt_tokens_beside, usize::MAX, "at least 1")?;
 
     let fp8 = options.kv_cache == KvCache::Fp8 || checkpoint.kv_scales(0)?.is_some();
     let dtype = if fp8 { DType::E4m3 } else { options.profile.dtype() };

@@ -103,6 +103,12 @@ pub enum Error {
         /// The values that are allowed.
         allowed: &'static str,
     },
+    /// As many requests are under way as may be.
+    #[error("{under_way} requests are under way, and no more may wait; try again later, or raise --max-queue")]
+    Busy {
+        /// Requests that run or wait.
+        under_way: usize,
+    },
     /// Memory that a plan needs is not there.
     #[error("{what} needs {need} bytes, {have} are available; {remedy}")]
     OutOfMemory {

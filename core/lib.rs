@@ -10,6 +10,7 @@ pub mod e4m3;
 pub mod engine;
 pub mod error;
 pub mod evaluate;
+pub mod guide;
 pub mod host;
 pub mod kv;
 pub mod llama;
@@ -22,5 +23,6 @@ pub mod quantize;
 pub mod reference;
 pub mod sampler;
 pub mod scheduler;
+pub mod service;
 
 pub use error::{Error, Result};

@@ -4,14 +4,17 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use proptest::prelude::*;
 use quaver_backends::{Kind, Spec};
 use quaver_core::batch::Batch;
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::engine::{Engine, EngineOptions, FinishReason, Output, RequestId, Token};
+use quaver_core::guide::Guide;
 use quaver_core::llama::{KvCache, Profile};
 use quaver_core::sampler::{RowParams, SamplingParams};
+use quaver_core::service::Service;
 use support::checkpoints;
 use support::runner::Runner;
 use support::tiny::{CONTEXT, Inputs, Opened, Random, Tensor, Tiny, VOCAB};
@@ -22,6 +25,8 @@ const MANY: usize = 10_000;
 /// What a request brought.
 #[derive(Debug, Default)]
 struct Answer {
+    /// Tokens of the prompt that were in the cache, once it began.
+    cached: Option<usize>,
     scores: Vec<Token>,
     tokens: Vec<Token>,
     end: Option<Result<FinishReason, String>>,
@@ -31,6 +36,10 @@ impl Answer {
     fn take(&mut self, output: Output) {
         assert!(self.end.is_none(), "{output:?} behind the end");
         match output {
+            Output::Begun { cached } => {
+                assert!(self.cached.is_none() && self.scores.is_empty() && self.tokens.is_empty());
+                self.cached = Some(cached);
+            }
             Output::Prompt(scores) => self.scores.extend(scores),
             Output::Token(token) => self.tokens.push(token),
             Output::Finished(reason) => self.end = Some(Ok(reason)),
@@ -124,14 +133,17 @@ fn asked() -> impl Strategy<Value = Asked> {
         prop_oneof![Just(0f32), -1f32..2.0],
         any::<u64>(),
     );
-    let sizes = (1usize..60, 0usize..16, proptest::option::of(0usize..3), 0usize..12);
-    (any::<u64>(), sampling, sizes, proptest::option::weighted(0.2, 0usize..8)).prop_map(
+    let sizes = (1usize..60, 0usize..40, proptest::option::weighted(0.3, 0usize..3), 0usize..12);
+    // Few texts, so that many begin alike.
+    (0u64..3, sampling, sizes, proptest::option::weighted(0.2, 0usize..8)).prop_map(
         |(
             text,
             (temperature, top_p, repetition, frequency, seed),
             (length, max_tokens, prompt_logprobs, at),
             cancel,
         )| {
+            // Some tokens are chosen on the host.
+            let on_host = seed % 5 == 0;
             let params = SamplingParams {
                 temperature,
                 top_p,
@@ -140,11 +152,17 @@ fn asked() -> impl Strategy<Value = Asked> {
                 presence_penalty: frequency / 2.0,
                 seed: Some(seed),
                 max_tokens,
+                min_tokens: if on_host { max_tokens / 2 } else { 0 },
+                logit_bias: if on_host { vec![((seed % 7) as u32, 5.0)] } else { vec![] },
                 logprobs: Some(2),
                 prompt_logprobs,
                 ..SamplingParams::default()
             };
-            Asked { prompt: Random(text).ids(length), params, at, cancelled_after: cancel }
+            let mut prompt = Random(text).ids(length);
+            if seed % 3 == 0 {
+                *prompt.last_mut().unwrap() = (seed % VOCAB as u64) as u32;
+            }
+            Asked { prompt, params, at, cancelled_after: cancel }
         },
     )
 }
@@ -183,7 +201,7 @@ fn assert_independent(
     let mut alone = engine_on(
         checkpoint,
         &spec(1),
-        &EngineOptions { max_num_batched_tokens: 512, max_num_seqs: 1, ..options.clone() },
+        &EngineOptions { max_num_batched_tokens: 512, max_num_seqs: 1, prefix_caching: false, ..options.clone() },
     );
     for (id, request) in ids.iter().zip(requests) {
         let want = ask(&mut alone, &request.prompt, &request.params);
@@ -206,9 +224,18 @@ fn assert_independent(
 fn options() -> impl Strategy<Value = EngineOptions> {
     let profile = prop_oneof![Just(Profile::Fast), Just(Profile::Exact)];
     let kv_cache = prop_oneof![Just(KvCache::Auto), Just(KvCache::Fp8)];
-    (profile, kv_cache, prop_oneof![Just(1usize), Just(7), Just(512)], 1usize..=8, prop_oneof![Just(6u64), Just(1000)])
-        .prop_map(|(profile, kv_cache, max_num_batched_tokens, max_num_seqs, pages)| {
-            // Six pages hold one long request, or a few short ones.
+    let rows = (prop_oneof![Just(1usize), Just(7), Just(512)], prop_oneof![Just(1usize), Just(usize::MAX)]);
+    let pages = prop_oneof![Just(7u64), Just(12), Just(1000)];
+    (profile, kv_cache, rows, 1usize..=8, pages, proptest::bool::weighted(0.8)).prop_map(
+        |(
+            profile,
+            kv_cache,
+            (max_num_batched_tokens, max_prompt_tokens_beside),
+            max_num_seqs,
+            pages,
+            prefix_caching,
+        )| {
+            // Seven pages hold the longest request, or a few short ones.
             let page = 2 * 2 * 2 * 12 * 16 * if kv_cache == KvCache::Fp8 { 1 } else { profile.dtype().size() as u64 };
             let kv_cache_memory = pages * page;
             EngineOptions {
@@ -217,9 +244,12 @@ fn options() -> impl Strategy<Value = EngineOptions> {
                 max_model_len: None,
                 max_num_seqs,
                 max_num_batched_tokens,
+                max_prompt_tokens_beside,
+                prefix_caching,
                 kv_cache_memory,
             }
-        })
+        },
+    )
 }
 
 proptest! {
@@ -421,7 +451,8 @@ fn cancelling_frees_pages_and_slot_at_once_wherever_a_request_is() {
         let next = engine.submit(&prompt, greedy(5)).unwrap();
         for _ in 0..steps {
             engine.step().unwrap();
-            assert_eq!(engine.pages().0, all - 60usize.div_ceil(16));
+            // The prompt's pages; a further one is needed after 9 tokens.
+            assert_eq!(engine.pages().0, all - 3);
         }
         engine.cancel(waiting);
         engine.cancel(running);
@@ -450,10 +481,180 @@ fn a_cache_too_small_for_all_makes_them_wait_and_answers_each() {
     for (id, want) in ids.iter().zip(want) {
         assert_eq!((answers[id].bits(), answers[id].end.clone()), (want, Some(Ok(FinishReason::Length))));
     }
+    assert!(engine.stats().preemptions > 0, "pages are taken as they are needed, and so run out");
     assert_eq!(
         engine.submit(&Random(9).ids(80), greedy(1)).unwrap_err().to_string(),
         "prompt has 80 tokens, the context holds 80 and needs room for an answer; shorten it, or raise --max-model-len or --kv-cache-memory"
     );
+}
+
+#[test]
+fn prompts_that_begin_alike_share_pages_also_where_they_come_at_once() {
+    let tiny = tiny();
+    let prompt = Random(11).ids(100);
+    let longer = [&prompt[..], &[1, 2, 3]].concat();
+    let mut alone = engine(&tiny.checkpoint, &EngineOptions { prefix_caching: false, ..one() });
+    let want = [&prompt, &longer].map(|prompt| ask(&mut alone, prompt, &greedy(8)));
+    assert_eq!((want[0].cached, alone.stats().prefix_queries), (Some(0), 0));
+    let mut engine = engine(&tiny.checkpoint, &EngineOptions::default());
+    let asked = [(&prompt, 0), (&prompt, 0), (&longer, 1), (&prompt, 0)];
+    let ids = asked.map(|(prompt, _)| engine.submit(prompt, greedy(8)).unwrap());
+    let mut answers: BTreeMap<RequestId, Answer> = BTreeMap::new();
+    for step in 0.. {
+        for (id, output) in engine.step().unwrap() {
+            answers.entry(id).or_default().take(output);
+        }
+        if step == 1 {
+            // Six whole pages together, and one for each.
+            assert_eq!(engine.pages().1 - engine.pages().0, 6 + 4);
+        }
+        if engine.is_idle() {
+            break;
+        }
+    }
+    for ((id, (_, want_of)), cached) in ids.iter().zip(asked).zip([0, 96, 96, 96]) {
+        assert_eq!((answers[id].bits(), answers[id].cached), (want[want_of].bits(), Some(cached)));
+    }
+    // What was generated is found as well: a conversation goes on where it was. The last token was never computed.
+    let turn = [&prompt[..], &want[0].ids(), &[5, 6]].concat();
+    assert_eq!(ask(&mut engine, &turn, &greedy(1)).cached, Some((100 + 7) / 16 * 16));
+    let stats = engine.stats();
+    assert_eq!((stats.prefix_queries, stats.prefix_hits), (3 * 100 + 103 + 110, 3 * 96 + 96));
+    assert_eq!((stats.running, stats.waiting, stats.pages_used), (0, 0, 0));
+}
+
+#[test]
+fn a_long_prompt_does_not_hold_up_who_decodes_nor_a_short_prompt() {
+    let tiny = tiny();
+    let options = EngineOptions {
+        max_num_batched_tokens: 32,
+        max_prompt_tokens_beside: 8,
+        max_model_len: Some(CONTEXT),
+        ..EngineOptions::default()
+    };
+    let mut engine = engine(&tiny.checkpoint, &options);
+    let decoding = engine.submit(&[1, 2, 3], greedy(60)).unwrap();
+    let mut tokens = |engine: &mut Engine, id| {
+        let rows = engine.stats().rows;
+        let outputs = engine.step().unwrap();
+        let count = outputs.iter().filter(|(of, output)| *of == id && matches!(output, Output::Token(_))).count();
+        (count, engine.stats().rows - rows)
+    };
+    assert_eq!(tokens(&mut engine, decoding), (1, 3));
+    engine.submit(&Random(1).ids(200), greedy(1)).unwrap();
+    let short = engine.submit(&Random(2).ids(4), greedy(20)).unwrap();
+    // One row that decodes, half of the eight for the long prompt, and all of the short one.
+    assert_eq!(tokens(&mut engine, decoding), (1, 9));
+    assert_eq!(tokens(&mut engine, short), (1, 10));
+    for _ in 0..20 {
+        assert_eq!(tokens(&mut engine, decoding).0, 1);
+    }
+}
+
+// ---- what the host chooses
+
+#[test]
+fn biases_move_the_choice_and_leave_log_probabilities_alone() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &one());
+    let free = ask(&mut engine, &[5, 6, 7], &SamplingParams { logprobs: Some(20), ..greedy(1) });
+    let second = free.tokens[0].top[1];
+    let banned = SamplingParams { logit_bias: vec![(free.tokens[0].id, -100.0)], ..greedy(1) };
+    let answer = ask(&mut engine, &[5, 6, 7], &banned);
+    assert_eq!((answer.tokens[0].id, answer.tokens[0].logprob, answer.tokens[0].rank), (second.0, second.1, 2));
+    let nothing = SamplingParams { logit_bias: vec![(3, 0.0)], ..greedy(9) };
+    assert_eq!(ask(&mut engine, &[5, 6, 7], &nothing).bits(), ask(&mut engine, &[5, 6, 7], &greedy(9)).bits());
+}
+
+#[test]
+fn no_end_comes_before_min_tokens() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &one());
+    let free = ask(&mut engine, &[5, 6, 7], &greedy(1)).ids();
+    for min_tokens in 0..5 {
+        let params = SamplingParams { stop_token_ids: (0..VOCAB as u32 / 2).collect(), min_tokens, ..greedy(200) };
+        let answer = ask(&mut engine, &[5, 6, 7], &params);
+        let ends = answer.ids().iter().position(|id| *id < VOCAB as u32 / 2);
+        assert!(ends.is_none_or(|at| at >= min_tokens && at + 1 == answer.tokens.len()), "{:?}", answer.ids());
+        assert!(answer.tokens.len() > min_tokens);
+    }
+    let stop = SamplingParams { stop_token_ids: free.clone(), min_tokens: 1, ..greedy(3) };
+    assert_ne!(ask(&mut engine, &[5, 6, 7], &stop).ids()[0], free[0]);
+}
+
+/// Allows the tokens of a text, one after the other, and then nothing.
+struct Spell(Vec<u32>);
+
+impl Guide for Spell {
+    fn mask(&mut self, logits: &mut [f32]) -> quaver_core::Result<()> {
+        let allowed = self.0.first().copied();
+        let others = logits.iter_mut().zip(0u32..).filter(|(_, id)| Some(*id) != allowed);
+        others.for_each(|(logit, _)| *logit = f32::NEG_INFINITY);
+        Ok(())
+    }
+
+    fn advance(&mut self, token: u32) -> quaver_core::Result<ControlFlow<()>> {
+        assert_eq!(self.0.remove(0), token);
+        Ok(if self.0 == [0] { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+}
+
+#[test]
+fn a_guide_decides_what_may_come_and_when_it_is_over() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &EngineOptions::default());
+    let want = ask(&mut engine, &[9; 20], &greedy(20)).bits();
+    let spelt = engine.submit_guided(&[5; 30], greedy(9), Some(Box::new(Spell(vec![7, 70, 7, 0])))).unwrap();
+    let stuck = engine.submit_guided(&[5; 30], greedy(9), Some(Box::new(Spell(vec![3, 4])))).unwrap();
+    let free = engine.submit(&[9; 20], greedy(20)).unwrap();
+    let mut answers = finish(&mut engine);
+    assert_eq!((answers[&spelt].ids(), answers[&spelt].end.clone()), (vec![7, 70, 7], Some(Ok(FinishReason::Stop))));
+    let why = "structured output: no token may come next; change the grammar or min_tokens";
+    assert_eq!((answers[&stuck].ids(), answers[&stuck].end.clone()), (vec![3, 4], Some(Err(why.to_owned()))));
+    assert_eq!(answers.remove(&free).unwrap().bits(), want);
+}
+
+// ---- the engine in a thread
+
+#[test]
+fn a_service_answers_who_waits_refuses_who_is_too_many_and_frees_what_is_dropped() {
+    let tiny = tiny();
+    let mut alone = engine(&tiny.checkpoint, &one());
+    let prompts: Vec<Vec<u32>> = (0..6).map(|i| Random(i).ids(10 + 9 * i as usize)).collect();
+    let want: Vec<_> = prompts.iter().map(|prompt| ask(&mut alone, prompt, &greedy(12)).bits()).collect();
+    let options = EngineOptions { max_num_seqs: 3, ..EngineOptions::default() };
+    let service = Service::start(engine(&tiny.checkpoint, &options), 7);
+    let submit = |prompt: &[u32], params: SamplingParams, wait: Option<std::sync::mpsc::Receiver<()>>| {
+        let (sink, outputs) = std::sync::mpsc::channel();
+        let send = move |output| {
+            // Holds the engine up, so that nothing is over before everything is asked.
+            wait.iter().for_each(|wait| drop(wait.recv()));
+            drop(sink.send(output));
+        };
+        service.submit(prompt.to_vec(), params, None, Box::new(send)).map(|ticket| (ticket, outputs))
+    };
+    // Without end, until its ticket is dropped.
+    let (go, wait) = std::sync::mpsc::channel();
+    let endless = SamplingParams { ignore_eos: true, ..greedy(usize::MAX) };
+    let (ticket, outputs) = submit(&[1, 2], endless, Some(wait)).unwrap();
+    let asked: Vec<_> = prompts.iter().map(|prompt| submit(prompt, greedy(12), None).unwrap()).collect();
+    let refused = submit(&prompts[0], greedy(12), None).err().unwrap().to_string();
+    assert_eq!(refused, "7 requests are under way, and no more may wait; try again later, or raise --max-queue");
+    let empty = submit(&[], greedy(1), None).err().unwrap().to_string();
+    assert_eq!(empty, "the prompt is empty; give at least one token");
+    drop(go);
+    assert!(matches!(outputs.recv().unwrap(), Output::Begun { cached: 0 }));
+    drop(ticket);
+    for ((_ticket, outputs), want) in asked.iter().zip(want) {
+        let mut answer = Answer::default();
+        outputs.iter().for_each(|output| answer.take(output));
+        assert_eq!((answer.bits(), answer.end), (want, Some(Ok(FinishReason::Length))));
+    }
+    // The endless one was cancelled: its channel ends, and nothing is held.
+    outputs.iter().for_each(drop);
+    assert_eq!((service.under_way(), service.is_well()), (0, true));
+    let stats = service.stats();
+    assert_eq!((stats.running, stats.waiting, stats.pages_used), (0, 0, 0));
 }
 
 // ---- refusals

@@ -312,6 +312,7 @@ impl Answer {
         on_text: &mut impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
         match output {
+            Output::Begun { .. } => Ok(ControlFlow::Continue(())),
             Output::Prompt(scores) => {
                 if let Some(logprobs) = &mut self.prompt_logprobs {
                     logprobs.extend(scores.into_iter().map(Some));

@@ -32,8 +32,12 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// The same seed and prompt give the same text; `None` lets the engine choose a seed.
     pub seed: Option<u64>,
+    /// Added to the logits of tokens, each once at most; before penalties.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Tokens that are generated at most; 0 only reads the prompt.
     pub max_tokens: usize,
+    /// Tokens before which no end-of-text token and no stop token is chosen.
+    pub min_tokens: usize,
     /// Tokens that end the output, besides the model's own.
     pub stop_token_ids: Vec<u32>,
     /// Go on after the model's end-of-text tokens.
@@ -55,7 +59,9 @@ impl Default for SamplingParams {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             seed: None,
+            logit_bias: Vec::new(),
             max_tokens: 256,
+            min_tokens: 0,
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
@@ -93,6 +99,13 @@ impl SamplingParams {
         real("repetition_penalty", r, r > 0.0 && r <= 100.0, "above 0 and at most 100 (1 turns it off)")?;
         real("presence_penalty", presence, (-2.0..=2.0).contains(&presence), "between -2 and 2 (0 turns it off)")?;
         real("frequency_penalty", frequency, (-2.0..=2.0).contains(&frequency), "between -2 and 2 (0 turns it off)")?;
+        for &(_, bias) in &self.logit_bias {
+            real("logit_bias", bias, (-100.0..=100.0).contains(&bias), "between -100 and 100")?;
+        }
+        if self.min_tokens > self.max_tokens {
+            let value = self.min_tokens.to_string();
+            return Err(Error::Sampling { name: "min_tokens", value, allowed: "at most max_tokens" });
+        }
         count("logprobs", self.logprobs)?;
         count("prompt_logprobs", self.prompt_logprobs)
     }
@@ -177,6 +190,8 @@ mod tests {
                 message(|p| p.frequency_penalty = -3.0),
                 "frequency_penalty is -3; it must be between -2 and 2 (0 turns it off)",
             ),
+            (message(|p| p.logit_bias = vec![(1, 101.0)]), "logit_bias is 101; it must be between -100 and 100"),
+            (message(|p| (p.min_tokens, p.max_tokens) = (3, 2)), "min_tokens is 3; it must be at most max_tokens"),
             (message(|p| p.logprobs = Some(21)), "logprobs is 21; it must be at most 20 alternatives"),
             (message(|p| p.prompt_logprobs = Some(99)), "prompt_logprobs is 99; it must be at most 20 alternatives"),
         ] {

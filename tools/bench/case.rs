@@ -102,7 +102,7 @@ impl Runner {
                         let i = ids.iter().position(|have| *have == id).unwrap_or_default();
                         first_tokens[i].get_or_insert(start.elapsed());
                     }
-                    Output::Prompt(_) | Output::Finished(_) => {}
+                    Output::Begun { .. } | Output::Prompt(_) | Output::Finished(_) => {}
                 }
             }
         }
@@ -121,7 +121,7 @@ impl Runner {
                 match output {
                     Output::Failed(error) => return Err(error),
                     Output::Token(_) => tokens += 1,
-                    Output::Prompt(_) | Output::Finished(_) => {}
+                    Output::Begun { .. } | Output::Prompt(_) | Output::Finished(_) => {}
                 }
             }
         }

@@ -111,7 +111,14 @@ fn fit(checkpoint: &Checkpoint, options: &Options) -> Result<EngineOptions> {
         longest = longest.max(tokens);
     }
     let max_model_len = Some(engine.max_model_len.unwrap_or(longest));
-    Ok(EngineOptions { max_model_len, max_num_seqs: sequences, max_num_batched_tokens: rows, ..engine.clone() })
+    Ok(EngineOptions {
+        max_model_len,
+        max_num_seqs: sequences,
+        max_num_batched_tokens: rows,
+        // Every run reads the same prompts.
+        prefix_caching: false,
+        ..engine.clone()
+    })
 }
 
 /// An error unless the KV cache holds all sequences of every case side by side.
