@@ -230,6 +230,7 @@ pub struct Engine {
     sampler: Sampler,
     next_id: u64,
     stats: Stats,
+    memory: (u64, u64),
 }
 
 impl Engine {
@@ -238,6 +239,8 @@ impl Engine {
         let sizes = sizes(checkpoint, options)?;
         let llama = Llama::load(checkpoint, &mut *backend, options.profile, options.kv_cache, sizes)?;
         let pages = Pages::new(sizes.pages, PAGE_TOKENS);
+        let weights = checkpoint.tensors().map(|tensor| tensor.data.len() as u64).sum();
+        let kv_cache = sizes.pages as u64 * page_bytes(checkpoint, options)? as u64;
         let budget = Budget { rows: sizes.rows, beside: options.max_prompt_tokens_beside };
         let mut engine = Engine {
             scheduler: Scheduler::new(sizes.sequences, pages, budget, options.prefix_caching),
@@ -247,6 +250,7 @@ impl Engine {
             sampler: Sampler::new(),
             next_id: 0,
             stats: Stats::default(),
+            memory: (weights, kv_cache),
             backend,
             llama,
         };
@@ -275,6 +279,11 @@ impl Engine {
         let (free, pages) = self.pages();
         let preemptions = self.scheduler.preemptions();
         Stats { running, waiting, pages, pages_used: pages - free, preemptions, ..self.stats }
+    }
+
+    /// What the model takes of memory beside its activations: (weights, KV cache), in bytes.
+    pub fn memory(&self) -> (u64, u64) {
+        self.memory
     }
 
     /// What a request may ask for.
@@ -554,9 +563,7 @@ pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<
     bounded("--max-num-batched-tokens", rows, MAX_NUM_BATCHED_TOKENS, "at least 1 and at most 65536")?;
     bounded("--max-prompt-tokens-beside", options.max_prompt_tokens_beside, usize::MAX, "at least 1")?;
 
-    let fp8 = options.kv_cache == KvCache::Fp8 || checkpoint.kv_scales(0)?.is_some();
-    let dtype = if fp8 { DType::E4m3 } else { options.profile.dtype() };
-    let page_bytes = 2 * config.layers * config.heads.kv * config.heads.dim * dtype.size() * PAGE_TOKENS;
+    let page_bytes = page_bytes(checkpoint, options)?;
     // Page numbers are u32.
     let pages = (options.kv_cache_memory / page_bytes as u64).min(u64::from(u32::MAX)) as usize;
     let pages = pages.min(sequences * wanted.div_ceil(PAGE_TOKENS));
@@ -584,6 +591,14 @@ pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<
     let sequences = sequences.min(pages);
     let rows = rows.max(sequences).min(tokens);
     Ok(Sizes { rows, wanted: MAX_WANTED.min(rows), sequences, context, pages, page_tokens: PAGE_TOKENS })
+}
+
+/// Bytes of a page of the KV cache, over all layers.
+fn page_bytes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<usize> {
+    let config = checkpoint.config();
+    let fp8 = options.kv_cache == KvCache::Fp8 || checkpoint.kv_scales(0)?.is_some();
+    let dtype = if fp8 { DType::E4m3 } else { options.profile.dtype() };
+    Ok(2 * config.layers * config.heads.kv * config.heads.dim * dtype.size() * PAGE_TOKENS)
 }
 
 /// An error unless an option lies from 1 to `most`.

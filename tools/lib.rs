@@ -21,15 +21,18 @@ mod model_card;
 pub mod parity;
 pub mod quantize;
 pub mod samples;
+pub mod server;
 pub mod synth;
 pub mod text;
+pub mod text_model;
 
-pub use llm::{Completion, Llm, LlmOptions, Progress, Prompt, Request};
+pub use llm::{Completion, Llm, LlmOptions, Progress, Request};
 pub use model::files;
 pub use quaver_backends as backends;
 pub use quaver_core as core;
 pub use quaver_core::sampler::SamplingParams;
 pub use quaver_core::{Error, Result};
+pub use text_model::{Prompt, TextModel};
 
 /// The commit that this was built from: twelve digits, and `-dirty` where the sources differ from it; or `unknown`.
 pub const COMMIT: &str = env!("QUAVER_COMMIT");

@@ -5,15 +5,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use quaver_backends::Spec;
-use quaver_core::checkpoint::{Checkpoint, Files, GenerationConfig};
+use quaver_core::Result;
+use quaver_core::checkpoint::Checkpoint;
 use quaver_core::engine::{Engine, EngineOptions, FinishReason, Output, RequestId, Token};
 use quaver_core::op::DeviceInfo;
 use quaver_core::sampler::SamplingParams;
-use quaver_core::{Error, Result};
 use serde_json::Value;
 
 use crate::model;
-use crate::text::{ChatTemplate, Detokenizer, RenderOptions, StopStrings, Tokenizer, TokenizerReading};
+use crate::text::{AnswerText, StopStrings, TokenizerReading};
+use crate::text_model::{Prompt, TextModel, chat_template};
 
 /// How a model is opened.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,17 +28,6 @@ pub struct LlmOptions {
     /// Read the tokenizer when it is needed first, instead of beside the weights: where prompts are token ids, their
     /// first token does not wait for it.
     pub defer_tokenizer: bool,
-}
-
-/// What to continue.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Prompt {
-    /// Text as it is. The begin-of-text token is put before it unless it starts with that already.
-    Text(String),
-    /// Token ids as they are.
-    Ids(Vec<u32>),
-    /// A conversation, an OpenAI `messages` array, rendered by the model's chat template.
-    Messages(Value),
 }
 
 /// What happens to a request while it runs.
@@ -94,10 +84,7 @@ pub struct Completion {
 /// ```
 pub struct Llm {
     engine: Engine,
-    name: String,
-    defaults: GenerationConfig,
-    tokenizer: Option<Arc<TokenizerReading>>,
-    template: Option<ChatTemplate>,
+    text: TextModel,
 }
 
 impl Llm {
@@ -130,18 +117,23 @@ impl Llm {
         let tokenizer = files.get("tokenizer.json")?.map(reading);
         let checkpoint = Checkpoint::open(files.clone())?;
         let engine = Engine::new(&checkpoint, quaver_backends::open(&options.device)?, &options.engine)?;
-        Ok(Llm {
-            engine,
+        let text = TextModel {
             name: files.name(),
             defaults: checkpoint.generation().clone(),
             tokenizer,
             template: chat_template(&files)?,
-        })
+        };
+        Ok(Llm { engine, text })
+    }
+
+    /// The engine, and what turns text into its tokens and back: for a server, which has them in different threads.
+    pub fn into_parts(self) -> (Engine, TextModel) {
+        (self.engine, self.text)
     }
 
     /// The model's name: its folder as it was given, its Hugging Face id, or `quaver-demo`.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.text.name
     }
 
     /// What it runs on.
@@ -156,17 +148,17 @@ impl Llm {
 
     /// True where the model brings a tokenizer; without one it takes and gives token ids alone.
     pub fn has_tokenizer(&self) -> bool {
-        self.tokenizer.is_some()
+        self.text.tokenizer.is_some()
     }
 
     /// True where the model brings a chat template.
     pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
+        self.text.template.is_some()
     }
 
     /// The sampling that the model's `generation_config.json` recommends.
     pub fn sampling_defaults(&self) -> SamplingParams {
-        self.defaults.sampling()
+        self.text.defaults.sampling()
     }
 
     /// Continues texts, as one batch; the outputs are in the order of the prompts.
@@ -194,26 +186,7 @@ impl Llm {
     /// # Ok::<(), quaver::Error>(())
     /// ```
     pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
-        match prompt {
-            Prompt::Ids(ids) => Ok(ids.clone()),
-            Prompt::Text(text) => {
-                let tokenizer = self.tokenizer()?;
-                let bos = self.defaults.bos.and_then(|id| tokenizer.id_to_token(id));
-                tokenizer.encode(text, !bos.is_some_and(|bos| text.starts_with(&bos)))
-            }
-            Prompt::Messages(messages) => {
-                let why = "this model brings none; give a plain text (--raw)";
-                let template = self.template.as_ref().ok_or_else(|| Error::text("chat template", why))?;
-                let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-                self.tokenizer()?.encode_chat(template, messages, &options)
-            }
-        }
-    }
-
-    fn tokenizer(&self) -> Result<&Tokenizer> {
-        let missing =
-            || Error::text("tokenizer.json", format!("{} has none; give token ids (--prompt-ids)", self.name));
-        self.tokenizer.as_ref().ok_or_else(missing)?.get()
+        self.text.encode(prompt)
     }
 
     /// Runs requests as one batch. `on_progress` is called with a request's number and each piece of its text as soon as
@@ -254,22 +227,12 @@ impl Llm {
     }
 }
 
-/// The chat template of a model's files, with the special tokens that it may name; None where they hold none.
-pub fn chat_template(files: &Files) -> Result<Option<ChatTemplate>> {
-    let (config, jinja) = (files.get("tokenizer_config.json")?, files.get("chat_template.jinja")?);
-    let Some(template) = ChatTemplate::from_files(config.as_deref(), jinja.as_deref())? else { return Ok(None) };
-    match files.get("special_tokens_map.json")? {
-        Some(map) => template.with_special_tokens_map(&map).map(Some),
-        None => Ok(Some(template)),
-    }
-}
-
 /// A request under way.
 struct Answer {
     id: RequestId,
-    /// What the detokenizer is made of when the first token is there, and not before: token ids do without.
+    /// What the text is made with when the first token is there, and not before: token ids do without.
     tokenizer: Option<Arc<TokenizerReading>>,
-    detokenizer: Option<Detokenizer>,
+    writer: Option<AnswerText>,
     stops: StopStrings,
     text: String,
     token_ids: Vec<u32>,
@@ -290,8 +253,8 @@ impl Answer {
         let prompt_logprobs = params.prompt_logprobs.map(|_| vec![None]);
         Ok(Answer {
             id: llm.engine.submit(&prompt_token_ids, params)?,
-            tokenizer: llm.tokenizer.clone(),
-            detokenizer: None,
+            tokenizer: llm.text.tokenizer.clone(),
+            writer: None,
             stops,
             text: String::new(),
             token_ids: Vec::new(),
@@ -324,23 +287,20 @@ impl Answer {
                 self.first.get_or_insert_with(|| (now, (now - start).as_secs_f64() * 1e3));
                 self.last = Some(now);
                 self.token_ids.push(token.id);
-                if let (None, Some(tokenizer)) = (&self.detokenizer, &self.tokenizer) {
-                    self.detokenizer = Some(tokenizer.get()?.detokenizer(true));
+                if let (None, Some(tokenizer)) = (&self.writer, &self.tokenizer) {
+                    self.writer = Some(AnswerText::new(tokenizer.get()?.detokenizer(true), self.stops.clone()));
                 }
-                let text = self.detokenizer.as_mut().map(|d| d.push(token.id)).transpose()?.unwrap_or_default();
+                let piece = self.writer.as_mut().map(|w| w.push(token.id)).transpose()?.unwrap_or_default();
                 if let Some(logprobs) = &mut self.logprobs {
                     logprobs.push(token);
                 }
-                let piece = self.stops.push(&text);
                 let flow = self.emit(&piece.text, on_text);
                 Ok(if piece.stopped.is_some() { ControlFlow::Break(()) } else { flow })
             }
             Output::Finished(reason) => {
                 self.finish_reason = Some(reason);
-                let rest = self.detokenizer.as_mut().map(Detokenizer::finish).unwrap_or_default();
-                let piece = self.stops.push(&rest);
-                let held = if piece.stopped.is_some() { String::new() } else { self.stops.finish() };
-                Ok(self.emit(&(piece.text + &held), on_text))
+                let rest = self.writer.as_mut().map(AnswerText::finish).unwrap_or_default();
+                Ok(self.emit(&rest.text, on_text))
             }
             Output::Failed(error) => Err(error),
         }

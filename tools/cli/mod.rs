@@ -11,6 +11,7 @@ mod inspect;
 mod parity;
 mod save;
 mod quantize;
+mod serve;
 mod synth;
 mod table;
 
@@ -19,7 +20,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// For instance `0.1.0 (0123456789ab)`.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("QUAVER_COMMIT"), ")");
@@ -41,6 +42,8 @@ enum Command {
     Generate(generate::Args),
     /// Talk to a model in the terminal.
     Chat(chat::Args),
+    /// Serve a model over HTTP, with OpenAI's API.
+    Serve(serve::Args),
     /// Show a model's config, quantization, tensors and memory plan.
     Inspect(inspect::Args),
     /// Show what this machine offers.
@@ -71,19 +74,17 @@ impl std::error::Error for Usage {}
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let args = match Args::try_parse() {
+    let args = match parse() {
         Ok(args) => args,
-        Err(error) => return refuse(&error),
+        Err(error) => return error,
     };
-    // What drivers say while adapters are looked for is no news: what matters of it becomes an error.
-    let level = ["warn,wgpu_hal=off", "info", "debug"][usize::from(args.verbose.min(2))];
-    let env = env_logger::Env::default().default_filter_or(level);
-    env_logger::Builder::from_env(env).format_timestamp_millis().init();
+    start_log(&args);
     // At `trace` the HTTP client writes what goes over the wire, and so the token.
     log::set_max_level(log::max_level().min(log::LevelFilter::Debug));
     let result = match args.command {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Bench(args) => bench::run(args),
@@ -97,10 +98,50 @@ pub fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     match args.verbose {
-        0 => print_error(&error),
-        _ => eprintln!("quaver: {}", one_line(&with_causes(&error))),
+        0 => fail(&error),
+        _ => {
+            eprintln!("quaver: {}", one_line(&with_causes(&error)));
+            exit_code(&error)
+        }
     }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    print_error(error);
+    exit_code(error)
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+/// The arguments; a server's config file gives the defaults of those that are absent.
+fn parse() -> Result<Args, ExitCode> {
+    let args = Args::try_parse().map_err(|error| refuse(&error))?;
+    let Command::Serve(serve) = &args.command else { return Ok(args) };
+    let Some(path) = serve.config() else { return Ok(args) };
+    let command = serve::with_config(Args::command(), path).map_err(|error| fail(&error))?;
+    let matches = command.try_get_matches().map_err(|error| refuse(&error))?;
+    Args::from_arg_matches(&matches).map_err(|error| refuse(&error))
+}
+
+/// The log goes to stderr: of a server what it does, of other commands warnings alone.
+fn start_log(args: &Args) {
+    let serve = if let Command::Serve(serve) = &args.command { Some(serve) } else { None };
+    // What drivers say while adapters are looked for is no news: what matters of it becomes an error.
+    let level = ["warn,wgpu_hal=off", "info,wgpu_hal=off", "debug"];
+    let level = level[usize::from((args.verbose + u8::from(serve.is_some())).min(2))];
+    let mut log = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level));
+    log.format_timestamp_millis();
+    if serve.is_some_and(|serve| serve.log_format == serve::LogFormat::Json) {
+        log.format(|out, record| {
+            let (time, level, target) = (out.timestamp_millis().to_string(), record.level(), record.target());
+            let message = record.args().to_string();
+            let line = serde_json::json!({"time": time, "level": level.as_str(), "target": target, "message": message});
+            writeln!(out, "{line}")
+        });
+    }
+    log.init();
 }
 
 /// One line, whatever a file's name or another library's message holds. An error of the library has its cause in its

@@ -54,6 +54,27 @@ impl Decoding {
     }
 }
 
+impl Decoding {
+    /// The bytes that a token stands for, where another comes before it.
+    pub(super) fn bytes(&self, token: &str) -> Vec<u8> {
+        match self {
+            Decoding::Bytes => {
+                let mut bytes = Vec::new();
+                push_bytes(token, &mut bytes);
+                bytes
+            }
+            Decoding::Pieces(_) => {
+                let byte =
+                    token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).filter(|hex| hex.len() == 2);
+                match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                    Some(byte) => vec![byte],
+                    None => token.replace('▁', " ").into_bytes(),
+                }
+            }
+        }
+    }
+}
+
 /// A streaming decoder; see [`Tokenizer::detokenizer`].
 pub struct Detokenizer {
     tokenizer: Tokenizer,
@@ -216,6 +237,16 @@ mod tests {
             (byte_of('Ġ'), byte_of('Ċ'), byte_of('a'), byte_of('中')),
             (Some(b' '), Some(b'\n'), Some(b'a'), None)
         );
+    }
+
+    #[test]
+    fn bytes_of_tokens_add_up_to_the_text() {
+        for (tokenizer, text) in [(&DEMO, "Café 😀\n of it"), (&PIECES, "a▁▁é▁")] {
+            let ids = tokenizer.encode(text, false).unwrap();
+            let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.token_bytes(id)).collect();
+            assert_eq!(String::from_utf8(bytes).unwrap(), text.replace('▁', " "));
+        }
+        assert_eq!(PIECES.token_bytes(3 + 0xF0), [0xF0]);
     }
 
     #[test]

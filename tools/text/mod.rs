@@ -23,6 +23,7 @@
 //! # Ok::<(), quaver_core::Error>(())
 //! ```
 
+mod answer_text;
 mod chat_template;
 mod detokenizer;
 mod messages;
@@ -31,6 +32,7 @@ mod stop_strings;
 mod tojson;
 mod tokenizer;
 
+pub use answer_text::AnswerText;
 pub use chat_template::{ChatTemplate, RenderOptions};
 pub use detokenizer::Detokenizer;
 pub use reading::TokenizerReading;
@@ -38,6 +40,6 @@ pub use stop_strings::{Piece, StopStrings};
 pub use tokenizer::Tokenizer;
 
 /// A message of another library as part of our one-line errors.
-fn one_line(message: impl std::fmt::Display) -> String {
+pub(crate) fn one_line(message: impl std::fmt::Display) -> String {
     message.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -122,6 +122,13 @@ impl Tokenizer {
         self.shared.tokenizer.id_to_token(id)
     }
 
+    /// The bytes that a token stands for within a text; of a special token those that it is spelt with, and none of an
+    /// id outside the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.id_to_token(id) else { return Vec::new() };
+        if self.is_special_token(&token) { token.into_bytes() } else { self.shared.decoding.bytes(&token) }
+    }
+
     /// Whether the id is a special token, which `skip_special` leaves out.
     pub fn is_special(&self, id: u32) -> bool {
         self.id_to_token(id).is_some_and(|token| self.is_special_token(&token))
@@ -220,6 +227,7 @@ mod tests {
         assert_eq!(tokenizer.encode("ab<s>ba", true).unwrap(), [2, 3, 1, 0]);
         assert_eq!(tokenizer.decode(&[2, 3, 999, 1], false).unwrap(), "ab<s>b");
         assert_eq!(tokenizer.decode(&[2, 3, 999, 1], true).unwrap(), "abb");
+        assert_eq!([2, 3, 999].map(|id| tokenizer.token_bytes(id)), [&b"ab"[..], b"<s>", b""]);
         assert_eq!((tokenizer.vocab_size(), tokenizer.token_to_id("ab")), (4, Some(2)));
         assert_eq!((tokenizer.is_special(3), tokenizer.is_special(2), tokenizer.is_special(999)), (true, false, false));
         assert_eq!(format!("{tokenizer:?}"), "Tokenizer { vocab_size: 4, .. }");

@@ -1,0 +1,204 @@
+//! Structured output: what a request says of the form of its answer, as a grammar over the model's tokens. llguidance
+//! (https://github.com/guidance-ai/llguidance) compiles it and says which tokens may come next.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
+use quaver_core::guide::Guide;
+use quaver_core::{Error, Result};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::{ApiError, ApiResult};
+use super::model::Model;
+
+/// The fields that speak of it: OpenAI's, vLLM's, and vLLM's older ones.
+#[derive(Debug, Default, Deserialize)]
+pub struct Structure {
+    response_format: Option<Value>,
+    structured_outputs: Option<Fields>,
+    guided_json: Option<Value>,
+    guided_regex: Option<String>,
+    guided_choice: Option<Vec<String>>,
+    guided_grammar: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Fields {
+    json: Option<Value>,
+    json_object: Option<bool>,
+    regex: Option<String>,
+    choice: Option<Vec<String>>,
+    grammar: Option<String>,
+    structural_tag: Option<Value>,
+}
+
+/// The form of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Grammar {
+    /// JSON of a schema.
+    Schema(Value),
+    /// What a regular expression matches as a whole.
+    Regex(String),
+    /// One of some texts.
+    Choice(Vec<String>),
+    /// A grammar in Lark's notation.
+    Lark(String),
+}
+
+impl Structure {
+    /// The one form that the request asks for.
+    pub fn grammar(&self) -> ApiResult<Option<Grammar>> {
+        let none = Fields::default();
+        let fields = self.structured_outputs.as_ref().unwrap_or(&none);
+        if fields.structural_tag.is_some() {
+            let why = "structural_tag is not supported; use json, regex, choice or grammar";
+            return Err(ApiError::invalid("structured_outputs", why));
+        }
+        let schema = |value: &Value| match value {
+            // A schema may be given as the text of its JSON.
+            Value::String(text) => serde_json::from_str(text)
+                .map_err(|e| ApiError::invalid("structured_outputs", format!("the JSON schema is no JSON: {e}"))),
+            value => Ok(value.clone()),
+        };
+        let mut found = Vec::new();
+        found.extend(self.response_format.as_ref().map(response_format).transpose()?.flatten());
+        for value in [&fields.json, &self.guided_json].into_iter().flatten() {
+            found.push(Grammar::Schema(schema(value)?));
+        }
+        if fields.json_object == Some(true) {
+            found.push(Grammar::Schema(json!({"type": "object"})));
+        }
+        found.extend([&fields.regex, &self.guided_regex].into_iter().flatten().cloned().map(Grammar::Regex));
+        found.extend([&fields.choice, &self.guided_choice].into_iter().flatten().cloned().map(Grammar::Choice));
+        found.extend([&fields.grammar, &self.guided_grammar].into_iter().flatten().cloned().map(Grammar::Lark));
+        if found.len() > 1 {
+            let why = "several forms of the answer are asked for; give one";
+            return Err(ApiError::invalid("structured_outputs", why));
+        }
+        Ok(found.pop())
+    }
+}
+
+/// `response_format`: text, json_object or json_schema.
+fn response_format(format: &Value) -> ApiResult<Option<Grammar>> {
+    match format["type"].as_str() {
+        _ if format.is_null() => Ok(None),
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some(Grammar::Schema(json!({"type": "object"})))),
+        Some("json_schema") => match &format["json_schema"]["schema"] {
+            Value::Null => Err(ApiError::invalid("response_format", "json_schema has no schema; give one")),
+            schema => Ok(Some(Grammar::Schema(schema.clone()))),
+        },
+        _ => Err(ApiError::invalid("response_format", "the type must be text, json_object or json_schema")),
+    }
+}
+
+impl Grammar {
+    fn compile(&self) -> Result<TopLevelGrammar> {
+        match self {
+            Grammar::Schema(schema) => {
+                let mut schema = schema.clone();
+                if let Some(schema) = schema.as_object_mut() {
+                    schema.entry("x-guidance").or_insert_with(|| {
+                        json!({
+                            // A small model would go on with spaces for ever.
+                            "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": ",
+                            "coerce_one_of": true
+                        })
+                    });
+                }
+                Ok(TopLevelGrammar::from_json_schema(schema))
+            }
+            Grammar::Regex(regex) => Ok(TopLevelGrammar::from_regex(regex)),
+            Grammar::Choice(choices) if choices.is_empty() => Err(refused("choice has no texts; give at least one")),
+            Grammar::Choice(choices) => {
+                let literals: Vec<String> =
+                    choices.iter().map(|choice| Value::from(choice.as_str()).to_string()).collect();
+                Ok(TopLevelGrammar::from_lark(format!("start: {}", literals.join(" | "))))
+            }
+            Grammar::Lark(grammar) => Ok(TopLevelGrammar::from_lark(grammar.clone())),
+        }
+    }
+}
+
+fn refused(why: impl std::fmt::Display) -> Error {
+    Error::text("structured output", crate::text::one_line(why))
+}
+
+/// Makes the guides of a request: one an answer.
+pub struct Guides {
+    matcher: Option<Matcher>,
+    eos: Vec<u32>,
+}
+
+impl Guides {
+    /// A guide for one answer; None where the request has no grammar.
+    pub fn guide(&self) -> Result<Option<Box<dyn Guide>>> {
+        let Some(matcher) = &self.matcher else { return Ok(None) };
+        Ok(Some(Box::new(Follower { matcher: matcher.deep_clone(), eos: self.eos.clone() })))
+    }
+}
+
+impl Model {
+    /// Compiles a grammar. Slow where it is large.
+    ///
+    /// # Errors
+    /// Where it cannot be compiled, or the model has no tokenizer.
+    pub fn guides(&self, grammar: Option<Grammar>) -> Result<Guides> {
+        let eos = self.text.eos().to_vec();
+        let Some(grammar) = grammar else { return Ok(Guides { matcher: None, eos }) };
+        let parser = self.parsers()?.create_parser(grammar.compile()?).map_err(refused)?;
+        let matcher = Matcher::new(Ok(parser));
+        match matcher.get_error() {
+            Some(error) => Err(refused(error)),
+            None => Ok(Guides { matcher: Some(matcher), eos }),
+        }
+    }
+}
+
+/// The vocabulary as llguidance wants it: built once, when the first grammar comes.
+pub fn parser_factory(model: &Model) -> Result<ParserFactory> {
+    let tokenizer = model.text.tokenizer()?;
+    let vocab = model.service.limits().vocab as u32;
+    // 0xff marks what is no text: a special token never comes of a grammar.
+    let words: Vec<Vec<u8>> = (0..vocab)
+        .map(|id| match tokenizer.is_special(id) {
+            true => [&[TokTrie::SPECIAL_TOKEN_MARKER], &tokenizer.token_bytes(id)[..]].concat(),
+            false => tokenizer.token_bytes(id),
+        })
+        .collect();
+    let eos = model.text.eos().first().copied().unwrap_or(vocab.saturating_sub(1));
+    let trie = TokTrie::from(&TokRxInfo::new(vocab, eos), &words);
+    let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+    ParserFactory::new_simple(&env).map_err(refused)
+}
+
+/// A grammar that an answer follows.
+struct Follower {
+    matcher: Matcher,
+    eos: Vec<u32>,
+}
+
+impl Guide for Follower {
+    fn mask(&mut self, logits: &mut [f32]) -> Result<()> {
+        let allowed = self.matcher.compute_mask().map_err(refused)?;
+        let may_end = self.matcher.is_accepting().map_err(refused)?;
+        for (id, logit) in logits.iter_mut().enumerate() {
+            let id = id as u32;
+            let is_allowed = if self.eos.contains(&id) { may_end } else { allowed.is_allowed(id) };
+            if !is_allowed {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, token: u32) -> Result<ControlFlow<()>> {
+        self.matcher.consume_token(token).map_err(refused)?;
+        Ok(if self.matcher.is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+}
