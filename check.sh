@@ -41,3 +41,13 @@ run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings
 RUSTDOCFLAGS="-D warnings" run cargo doc --workspace --no-deps --locked
 run cargo test --workspace --locked
+
+# Clients that others wrote, where they can be installed.
+venv=target/clients
+if [ ! -x $venv/bin/python ] && ! python3 -m venv $venv 2>/dev/null; then
+  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+  $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends python3-venv
+  python3 -m venv $venv
+fi
+run $venv/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+run $venv/bin/python tests/clients/check.py target/debug/quaver

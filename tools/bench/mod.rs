@@ -3,6 +3,7 @@
 mod case;
 mod history;
 mod report;
+pub mod serve;
 
 use std::time::Instant;
 

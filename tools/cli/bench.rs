@@ -8,11 +8,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use quaver::bench::{self, Case, CaseReport, Figure, History, Options, Phase, Report, Spread};
 use serde_json::{Value, json};
 
+use super::bench_serve;
 use super::flags::ModelFlags;
 use super::table::{Align, Table, human_bytes};
 
 #[derive(clap::Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Of>,
     /// The model, as --model names it; it goes before that.
     #[arg(value_name = "MODEL")]
     name: Option<String>,
@@ -47,7 +51,17 @@ pub struct Args {
     json: bool,
 }
 
+/// What else than a model in this process can be measured.
+#[derive(clap::Subcommand, Debug)]
+enum Of {
+    /// Put load on a server with OpenAI's API, and measure when its tokens come.
+    Serve(bench_serve::Args),
+}
+
 pub fn run(args: Args) -> Result<()> {
+    if let Some(Of::Serve(args)) = args.command {
+        return bench_serve::run(args);
+    }
     let history = args.csv.as_deref().map(History::open).transpose()?;
     let mut llm = args.model.options(1);
     llm.engine.max_num_batched_tokens = args.max_num_batched_tokens as usize;

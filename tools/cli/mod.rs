@@ -2,6 +2,7 @@
 //! else to stderr; exit codes are 0 done, 1 failure, 2 usage.
 
 mod bench;
+mod bench_serve;
 mod chat;
 mod devices;
 mod eval;

@@ -142,13 +142,13 @@ pub fn run(args: Args) -> Result<()> {
     })?)
 }
 
-/// Waits for so many signals to end.
-async fn signalled(count: usize) {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        let [mut terminate, mut interrupt] = [SignalKind::terminate(), SignalKind::interrupt()]
-            .map(|kind| signal(kind).expect("these signals can be listened to"));
+/// Waits for so many signals to end, counted from now on.
+#[cfg(unix)]
+fn signalled(count: usize) -> impl Future<Output = ()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let [mut terminate, mut interrupt] = [SignalKind::terminate(), SignalKind::interrupt()]
+        .map(|kind| signal(kind).expect("these signals can be listened to"));
+    async move {
         for _ in 0..count {
             tokio::select! {
                 _ = terminate.recv() => {}
@@ -156,8 +156,13 @@ async fn signalled(count: usize) {
             }
         }
     }
-    #[cfg(not(unix))]
+}
+
+/// The same where Ctrl-C is the only one.
+#[cfg(not(unix))]
+async fn signalled(count: usize) {
     for _ in 0..count {
+        // Where it cannot be listened to, nothing ends the server but its end.
         let _ = tokio::signal::ctrl_c().await;
     }
 }

@@ -119,6 +119,14 @@ pub async fn tokenizer_info(State(app): State<Arc<App>>) -> ApiResult<Json<Value
     Ok(Json(Value::Object(info)))
 }
 
+/// `GET /`: a page to chat with, in one piece. It asks nobody but this server.
+pub async fn page() -> Response {
+    let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; \
+                  img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
+    let headers = [(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CONTENT_SECURITY_POLICY, policy)];
+    (headers, include_str!("page.html")).into_response()
+}
+
 /// Any other route.
 pub async fn not_found() -> ApiError {
     ApiError::no_route(

@@ -139,6 +139,7 @@ where
 
 fn router(app: &Arc<App>) -> Router {
     let router = Router::new()
+        .route("/", get(info::page))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/v1/models", get(info::models))
