@@ -84,7 +84,7 @@ const HUGGING_FACE: &str = "hf-bf16";
 /// Opens a device. What was chosen, and why, is one line in the log.
 pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     let kind = choose(spec);
-    let backend = match kind {
+    let backend: Box<dyn Backend> = match kind {
         Kind::Wgpu => open_wgpu(spec)?,
         Kind::Auto | Kind::Cpu => {
             within(spec, kind, 1)?;

@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn config_problems_are_reported_before_a_tensor_file_is_opened() {
-        let read = |config: serde_json::Value| {
+        let read = |config: Value| {
             let files = [("config.json", config.to_string()), ("model.safetensors", "not safetensors".into())];
             let files: Vec<_> = files.iter().map(|(name, text)| (*name, text.as_bytes())).collect();
             let (_dir, files) = testing::folder(&files);

@@ -146,8 +146,9 @@ impl Scorer {
             self.backend.write(self.llama.inputs.rows.page_table, row, cast_slice(&pages))?;
             let row = batch.push(*slot, *first, &ids[*first..*end]);
             // The row before a token gives its logits.
-            for position in (*from).max(first + 1)..(end + 1).min(ids.len()) {
-                batch.want(row + position - 1 - first, RowParams::score(*slot, ids[position], 0));
+            let (from, until) = ((*from).max(first + 1), (end + 1).min(ids.len()));
+            for (position, &id) in (from..until).zip(&ids[from.min(until)..until]) {
+                batch.want(row + position - 1 - first, RowParams::score(*slot, id, 0));
                 scored.push((*window, position));
             }
         }
