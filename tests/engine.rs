@@ -534,7 +534,7 @@ fn a_long_prompt_does_not_hold_up_who_decodes_nor_a_short_prompt() {
     };
     let mut engine = engine(&tiny.checkpoint, &options);
     let decoding = engine.submit(&[1, 2, 3], greedy(60)).unwrap();
-    let mut tokens = |engine: &mut Engine, id| {
+    let tokens = |engine: &mut Engine, id| {
         let rows = engine.stats().rows;
         let outputs = engine.step().unwrap();
         let count = outputs.iter().filter(|(of, output)| *of == id && matches!(output, Output::Token(_))).count();

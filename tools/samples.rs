@@ -11,8 +11,8 @@ use quaver_core::{Error, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::llm::chat_template;
 use crate::text::{ChatTemplate, RenderOptions, Tokenizer};
+use crate::text_model::chat_template;
 
 /// Bytes of a line, at most: a JSON line of a book has a few MiB.
 const MAX_LINE: u64 = 64 << 20;

@@ -22,8 +22,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Model;
-use crate::llm::{Llm, LlmOptions, Progress, Prompt, Request};
+use crate::llm::{Llm, LlmOptions, Progress, Request};
 use crate::samples::{Encoder, lines};
+use crate::text_model::Prompt;
 
 /// A measure of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -250,8 +251,11 @@ impl Task {
     }
 }
 
+/// Pairs of context and continuation, the continuations' lengths, and which are right.
+type Choices<'a> = (&'a [(String, String)], &'a [usize], &'a Truth);
+
 impl Item {
-    fn choices(&self) -> Option<(&[(String, String)], &[usize], &Truth)> {
+    fn choices(&self) -> Option<Choices<'_>> {
         match self {
             Item::Choose { pairs, lengths, truth } => Some((pairs, lengths, truth)),
             Item::Generate(_) => None,

@@ -186,7 +186,7 @@ impl Generation {
             Output::Begun { cached } => {
                 answer.begun = Some(now);
                 // The answers to one prompt share its tokens, which are counted once.
-                if choice % self.order.n == 0 {
+                if choice.is_multiple_of(self.order.n) {
                     self.usage.cached += cached;
                 }
                 return Ok(None);

@@ -342,7 +342,10 @@ mod tests {
         (content, made)
     }
 
-    const CASES: [(&str, &str, &[(&str, &str)]); 9] = [
+    /// What a model says, what of it is content, and its calls: name and arguments.
+    type Case = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
+    const CASES: [Case; 9] = [
         ("Hello {you}", "Hello {you}", &[]),
         (
             r#"{"name": "weather", "parameters": {"city": "Paris }\" {", "days": [1, {"a": 2}]}}"#,
