@@ -31,7 +31,7 @@ const MOVE: f64 = 0.01;
 /// What the observers saw.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Calibration {
-    /// The largest magnitude of each input, by its [`site`].
+    /// The largest magnitude of each input, by its `site`.
     pub inputs: BTreeMap<String, f32>,
     /// A pair a layer; empty where the recipe asks for none.
     pub kv: Vec<KvScales>,

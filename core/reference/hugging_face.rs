@@ -1,7 +1,7 @@
 //! The reference with the roundings of Hugging Face's `LlamaForCausalLM` in bf16 with eager attention: every module's
 //! result is rounded to bf16, and within a module what transformers computes in bf16 is. Calibration with it sees the
 //! values that llm-compressor's does, to the bit where oneDNN multiplies with AVX-512-BF16: sums of products are taken in
-//! f32 in the order of its kernels ([`Sum`]). Activations are bf16 values in f32 buffers: the profile is `exact`.
+//! f32 in the order of its kernels (`Sum`). Activations are bf16 values in f32 buffers: the profile is `exact`.
 
 use half::bf16;
 
