@@ -5,7 +5,6 @@
 
 use half::bf16;
 
-use super::dot;
 use crate::host::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use crate::host::{HostBackend, Kernels, KvIn, KvOut, RowsIn};
 use crate::op::{DeviceInfo, Heads};
@@ -40,8 +39,7 @@ impl Kernels for HuggingFaceKernels {
         let d = gamma.len();
         let mut row = vec![0.0; d];
         for (x, mut out) in x.chunks_exact(d).zip(out.rows(d)) {
-            let mean = (dot(x, x) / d as f64) as f32;
-            let inv = 1.0 / (mean + eps).sqrt();
+            let inv = 1.0 / (sum_of_squares(x) / d as f32 + eps).sqrt();
             for ((y, x), gamma) in row.iter_mut().zip(x).zip(gamma) {
                 *y = round(round(x * inv) * gamma);
             }
@@ -196,6 +194,30 @@ impl<const N: usize> Sum<N> {
 #[inline(always)]
 fn plus<const N: usize>(a: [f32; N], b: [f32; N]) -> [f32; N] {
     std::array::from_fn(|i| a[i] + b[i])
+}
+
+/// A sum of squares in f32, in the order of PyTorch's `sum` over a row: four registers of eight lanes side by side, put by
+/// after each 16 rounds, and those again, on four levels (aten/src/ATen/native/cpu/SumKernel.cpp, `cascade_sum`).
+fn sum_of_squares(x: &[f32]) -> f32 {
+    const ROUND: usize = 4 * 8;
+    let mut levels = [[0f32; ROUND]; 4];
+    let rounds = x.as_chunks::<ROUND>();
+    for (done, x) in (1usize..).zip(rounds.0) {
+        levels[0] = plus(levels[0], x.map(|x| x * x));
+        for level in 1..levels.len() {
+            if !done.is_multiple_of(1 << (4 * level)) {
+                break;
+            }
+            levels[level] = plus(levels[level], levels[level - 1]);
+            levels[level - 1] = [0.0; ROUND];
+        }
+    }
+    let registers = levels.into_iter().reduce(plus).unwrap_or([0.0; ROUND]);
+    let mut registers = registers.as_chunks::<8>().0.to_vec();
+    let vectors = rounds.1.as_chunks::<8>();
+    vectors.0.iter().for_each(|x| registers[0] = plus(registers[0], x.map(|x| x * x)));
+    let lanes = registers.into_iter().reduce(plus).unwrap_or([0.0; 8]);
+    vectors.1.iter().map(|x| x * x).chain(lanes).fold(0.0, |sum, x| sum + x)
 }
 
 fn round(x: f32) -> f32 {
