@@ -71,6 +71,11 @@ impl Service {
         self.limits
     }
 
+    /// Requests that may be under way, running or waiting.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
     /// Hands a request over.
     ///
     /// # Errors

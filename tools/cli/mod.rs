@@ -1,6 +1,7 @@
 //! The commands: parsed arguments become options of the library, one file a command. Results go to stdout, everything
 //! else to stderr; exit codes are 0 done, 1 failure, 2 usage.
 
+mod batch;
 mod bench;
 mod bench_serve;
 mod chat;
@@ -45,6 +46,8 @@ enum Command {
     Chat(chat::Args),
     /// Serve a model over HTTP, with OpenAI's API.
     Serve(serve::Args),
+    /// Answer a file of requests, in OpenAI's batch format.
+    Batch(batch::Args),
     /// Show a model's config, quantization, tensors and memory plan.
     Inspect(inspect::Args),
     /// Show what this machine offers.
@@ -86,6 +89,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Batch(args) => batch::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Bench(args) => bench::run(args),

@@ -107,6 +107,12 @@ impl Generation {
         guide: impl Fn() -> Result<Option<Box<dyn Guide>>>,
     ) -> ApiResult<Self> {
         let stops = StopStrings::new(&order.writing.stop)?;
+        let (count, most) = (order.prompts.len() * order.n, model.service.most());
+        if count > most {
+            let why =
+                format!("{count} answers are asked for, at most {most} can be under way; ask for fewer at a time");
+            return Err(ApiError::invalid("prompt", why));
+        }
         let (sender, outputs) = unbounded_channel();
         let mut answers = Vec::new();
         for (i, prompt) in order.prompts.iter().flat_map(|prompt| (0..order.n).map(move |i| (i, prompt))) {

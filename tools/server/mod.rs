@@ -2,6 +2,7 @@
 //! to the engine's thread, and turns what comes back into JSON. `quaver serve` is the caller.
 
 mod app;
+mod batch;
 mod chat;
 mod completions;
 mod error;
@@ -12,6 +13,7 @@ mod logprobs;
 mod metrics;
 mod model;
 mod pythonic;
+mod responses;
 mod sampling;
 mod sse;
 mod structure;
@@ -29,6 +31,7 @@ use quaver_core::{Error, Result};
 use tokio::net::TcpListener;
 
 use self::app::App;
+pub use self::batch::{Summary, run as batch};
 use self::error::ApiError;
 use self::model::Model;
 use crate::LlmOptions;
@@ -142,6 +145,7 @@ fn router(app: &Arc<App>) -> Router {
         .route("/", get(info::page))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/responses", post(responses::create))
         .route("/v1/models", get(info::models))
         .route("/v1/models/{*name}", get(info::model))
         .route("/v1/embeddings", post(info::embeddings))

@@ -84,7 +84,7 @@ impl Structure {
 }
 
 /// `response_format`: text, json_object or json_schema.
-fn response_format(format: &Value) -> ApiResult<Option<Grammar>> {
+pub fn response_format(format: &Value) -> ApiResult<Option<Grammar>> {
     match format["type"].as_str() {
         _ if format.is_null() => Ok(None),
         Some("text") => Ok(None),

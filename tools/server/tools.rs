@@ -342,7 +342,7 @@ mod tests {
         (content, made)
     }
 
-    /// What a model says, what of it is content, and its calls: name and arguments.
+    /// An answer, its text, and the names and arguments of its calls.
     type Case = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
 
     const CASES: [Case; 9] = [
