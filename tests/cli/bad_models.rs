@@ -224,7 +224,7 @@ fn models_without_tokenizer_or_template_do_what_they_can() {
         greedy(&["--raw", "-n", "4", "It was"]).succeeds()
     );
     greedy(&["--model", path, "--chat", "hi"])
-        .fails(1, "chat template: this model brings none; give a plain text (--raw)");
+        .fails(1, "chat template: this model brings none; give a plain text (generate --raw, or /v1/completions)");
     quaver(["chat", "--model", path])
         .fails(1, &format!("chat template: {path} brings none, so that it cannot chat; use quaver generate --raw"));
 }

@@ -79,8 +79,11 @@ impl Server {
         let kept = Arc::clone(&log);
         // Until the server ends: a full pipe would stop it.
         thread::spawn(move || lines.for_each(|line| kept.lock().unwrap().push(line)));
-        let config =
-            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(120)));
+        // A draining server closes idle connections.
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .max_idle_connections(0)
+            .timeout_global(Some(Duration::from_secs(120)));
         Server { child, url, log, agent: config.build().new_agent() }
     }
 

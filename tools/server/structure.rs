@@ -1,5 +1,5 @@
 //! Structured output: what a request says of the form of its answer, as a grammar over the model's tokens. llguidance
-//! (https://github.com/guidance-ai/llguidance) compiles it and says which tokens may come next.
+//! (<https://github.com/guidance-ai/llguidance>) compiles it and says which tokens may come next.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
