@@ -13,16 +13,20 @@ alias Left = coop_mat16x16<f16, A>;
 alias Right = coop_mat16x16<f16, B>;
 alias Sums = coop_mat16x16<f32, C>;
 
-fn put_x(block: mat4x4<f32>, at: u32) {
-  for (var i = 0u; i < 16u; i++) {
-    xs[at + i] = f16(block[i / 4u][i % 4u]);
-  }
+fn put_x(values: vec4<f32>, at: u32) {
+  let halves = vec4<f16>(values);
+  xs[at] = halves.x;
+  xs[at + 1u] = halves.y;
+  xs[at + 2u] = halves.z;
+  xs[at + 3u] = halves.w;
 }
 
-fn put_w(block: mat4x4<f32>, at: u32) {
-  for (var i = 0u; i < 16u; i++) {
-    ws[at + i] = f16(block[i / 4u][i % 4u]);
-  }
+fn put_w(values: vec4<f32>, at: u32) {
+  let halves = vec4<f16>(values);
+  ws[at] = halves.x;
+  ws[at + 1u] = halves.y;
+  ws[at + 2u] = halves.z;
+  ws[at + 3u] = halves.w;
 }
 
 @compute @workgroup_size(WG)
@@ -55,8 +59,10 @@ fn linear_matrix(
         x_block = x16(min(row + own, m - 1u) * blocks + block);
         w_block = w16(channel_at(tile + own) * blocks + block);
       }
-      put_x(x_block, 16u * i);
-      put_w(w_block, 16u * i);
+      for (var v = 0u; v < 4u; v++) {
+        put_x(x_block[v], 16u * i + 4u * v);
+        put_w(w_block[v], 16u * i + 4u * v);
+      }
     }
     workgroupBarrier();
     for (var k = 0u; k < 32u; k += 16u) {

@@ -245,6 +245,10 @@ fn barriers_that_some_threads_miss_are_found() {
         ("if (early(lid) > 1u) { workgroupBarrier(); }", false),
         ("switch (lid) { case 1u: { workgroupBarrier(); } default: {} }", false),
         ("if (lid < 8u) { waits(); }", false),
+        ("for (var i = group.x; i < 9u; i++) { out[i] = subgroupAdd(lid); }", true),
+        ("for (var i = subgroup; i < 9u; i++) { out[i] = subgroupAdd(lid); }", true),
+        ("for (var i = lid; i < 9u; i++) { out[i] = subgroupAdd(lid); }", false),
+        ("if (subgroup == 1u) { workgroupBarrier(); }", false),
     ];
     for (body, is_sound) in bodies {
         let source = format!(
@@ -258,6 +262,7 @@ fn barriers_that_some_threads_miss_are_found() {
              fn change(x: ptr<function, u32>, y: u32) {{ *x = y; }}
              @compute @workgroup_size(64) fn test(
                @builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32,
+               @builtin(subgroup_id) subgroup: u32,
              ) {{ {body} }}"
         );
         let (module, _) = validate(body, &source);
