@@ -4,28 +4,28 @@
 struct Params {
   inv: f32,
   scale: f32,  // of v
+  splits: u32,
 }
 
 override DIM: u32;
-override SPLITS: u32;
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
-@group(0) @binding(4) var<storage, read> parts: array<f32>;  // [m, q heads, SPLITS, DIM + 2]: sums, largest score, norm
+@group(0) @binding(4) var<storage, read> parts: array<f32>;  // [m, q heads, splits, DIM + 2]: sums, largest score, norm
 
 fn merged(row: u32, column: u32) -> f32 {
-  let at = (row * (COLS / DIM) + column / DIM) * SPLITS * (DIM + 2u);
+  let at = (row * (COLS / DIM) + column / DIM) * p.splits * (DIM + 2u);
   let d = column % DIM;
-  if (SPLITS == 1u) {
+  if (p.splits == 1u) {
     return parts[at + d] * p.scale / parts[at + DIM + 1u];
   }
   var largest = parts[at + DIM];
-  for (var s = 1u; s < SPLITS; s++) {
+  for (var s = 1u; s < p.splits; s++) {
     largest = max(largest, parts[at + s * (DIM + 2u) + DIM]);
   }
   var sum = 0.0;
   var norm = 0.0;
-  for (var s = 0u; s < SPLITS; s++) {
+  for (var s = 0u; s < p.splits; s++) {
     let part = at + s * (DIM + 2u);
     let weight = exp_f32(parts[part + DIM] - largest);
     sum += weight * parts[part + d];

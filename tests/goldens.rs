@@ -4,7 +4,7 @@
 mod support;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use quaver_backends::Spec;
+use quaver_backends::{Kind, Spec};
 use quaver_core::checkpoint::{Checkpoint, InputScale, LinearWeight};
 use quaver_core::engine::{Engine, EngineOptions, Output};
 use quaver_core::llama::Profile;
@@ -42,13 +42,16 @@ const KL_FAST: f64 = 5e-3;
 fn main() {
     let args = Arguments::from_args();
     let mut trials = Vec::new();
-    for spec in quaver_backends::variants() {
+    let specs = quaver_backends::variants();
+    let first = specs.iter().find(|spec| spec.kind == Kind::Wgpu).cloned();
+    for spec in specs {
         for model in MODELS {
             let mut add = |name: &str, test: fn(&Spec, &str) -> Result<(), Failed>| {
                 let (name, spec) = (format!("{spec}::{model}::{name}"), spec.clone());
-                // Of several devices of a backend, one takes all the goldens: software adapters are slow, and the others
-                // run the same kernels. `--include-ignored` runs the rest.
-                let is_rest = spec.device > 0 && model != "tiny-llama-fp8-channel";
+                // Of the adapters and their variants, the first takes all the goldens: software adapters are slow.
+                // `--include-ignored` runs the rest.
+                let is_other = spec.kind == Kind::Wgpu && first.as_ref() != Some(&spec);
+                let is_rest = is_other && model != "tiny-llama-fp8-channel";
                 let run = move || {
                     let _turn = quaver_backends::turn(&spec);
                     test(&spec, model)

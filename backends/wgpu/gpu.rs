@@ -4,13 +4,14 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ::wgpu::{
-    Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceDescriptor, ExperimentalFeatures, Features, MapMode,
-    MemoryHints, PollType, Queue, Trace,
+    Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceDescriptor, Features, MapMode, MemoryHints,
+    PollType, Queue, Trace,
 };
 use quaver_core::op::DeviceInfo;
 use quaver_core::{Error, Result};
 
 use super::adapter;
+use super::pipelines::experimental;
 
 /// See the module.
 pub struct Gpu {
@@ -31,7 +32,7 @@ impl Gpu {
             label: Some("quaver"),
             required_features: features,
             required_limits: adapter.limits(),
-            experimental_features: ExperimentalFeatures::disabled(),
+            experimental_features: experimental(features),
             memory_hints: MemoryHints::Performance,
             trace: Trace::Off,
         };

@@ -63,6 +63,12 @@ impl Kernel {
         self
     }
 
+    /// Sets several.
+    pub fn constants(mut self, constants: &[(&'static str, u32)]) -> Self {
+        self.constants.extend(constants.iter().map(|&(name, value)| (name, f64::from(value))));
+        self
+    }
+
     /// Sets the words of the uniform.
     pub fn params(mut self, words: impl Into<Vec<u32>>) -> Self {
         self.params = words.into();

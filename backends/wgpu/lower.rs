@@ -6,10 +6,7 @@ use quaver_core::{Error, Result};
 use super::adapter;
 use super::kernel::{Binding, Kernel, code};
 use super::layout::{Layout, Layouts};
-use super::tuning::Tuning;
-
-/// Query heads times rows of an attention tile, and the most elements that a head may have (`attend.wgsl`).
-const MOST_DIM: usize = 256;
+use super::tuning::{Tuning, dispatches};
 
 /// The kernels of a program that `Program::check` has seen.
 pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
@@ -199,25 +196,30 @@ impl Lower<'_> {
             Weight::Real(weight) => (weight, None),
             Weight::Fp8 { codes, scale } => (codes, Some(scale)),
         };
-        let m = self.rows(out.buf);
+        let (m, k) = (self.rows(out.buf), self.cols(weight));
+        let is_codes = [data, weight].iter().all(|&buf| self.layouts.desc(buf).dtype == DType::E4m3);
         let scale = |buf: Option<Buf>| buf.map_or(Binding::Unread, |buf| Binding::Read(buf, 0));
-        let slice = |(part, rows): (usize, &std::ops::Range<usize>)| {
+        let mut kernels = Vec::new();
+        for (part, rows) in self.layout(weight).parts.iter().enumerate() {
             let (n, first) = (rows.len() as u32, out.first + rows.start);
-            let tile = self.tuning.linear(m, n);
+            let cut = self.tuning.linear(m, n, is_codes);
+            // Where two channels share a word, a tile begins with one.
             let shift = u32::from(self.layouts.desc(out.buf).dtype == DType::Bf16) * (first as u32 % 2);
-            let grid = [(n + shift).div_ceil(tile.channels).div_ceil(tile.workgroup), m.div_ceil(tile.rows), 1];
-            let kernel = Kernel::new("linear", grid).constant("WG", tile.workgroup);
-            let kernel = kernel.constant("TM", tile.rows).constant("TN", tile.channels);
-            let kernel = kernel.constant("AXIS", self.axis(out.buf)).constant("K", self.cols(weight));
-            let kernel = kernel.constant("X", self.code(data)).constant("W", self.code(weight));
-            let kernel = kernel.constant("OUT", self.code(out.buf)).constant("ADD", u32::from(add));
-            let kernel = kernel.constant("PER_TOKEN", u32::from(token_scale.is_some()));
-            let stride = self.layout(out.buf).row_words();
-            let kernel = kernel.params([n, rows.start as u32, first as u32, stride, static_scale.to_bits()]);
-            let kernel = kernel.read(1, self.program.live).write(2, out.buf).read(3, data);
-            kernel.bind(4, Binding::Read(weight, part)).bind(5, scale(w_scale)).bind(6, scale(token_scale))
-        };
-        self.layout(weight).parts.iter().enumerate().map(slice).collect()
+            let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
+            for (base, count) in dispatches(m.div_ceil(cut.rows), ops) {
+                let kernel = Kernel::new(cut.shader, [(n + shift).div_ceil(cut.channels), count, 1]);
+                let kernel = kernel.constants(&cut.constants).constant("AXIS", self.axis(out.buf)).constant("K", k);
+                let kernel = kernel.constant("X", self.code(data)).constant("W", self.code(weight));
+                let kernel = kernel.constant("OUT", self.code(out.buf)).constant("ADD", u32::from(add));
+                let kernel = kernel.constant("PER_TOKEN", u32::from(token_scale.is_some()));
+                let stride = self.layout(out.buf).row_words();
+                let kernel = kernel.params([n, rows.start as u32, first as u32, stride, static_scale.to_bits(), base]);
+                let kernel = kernel.read(1, self.program.live).write(2, out.buf).read(3, data);
+                let kernel = kernel.bind(4, Binding::Read(weight, part)).bind(5, scale(w_scale));
+                kernels.push(kernel.bind(6, scale(token_scale)));
+            }
+        }
+        kernels
     }
 
     fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
@@ -235,31 +237,27 @@ impl Lower<'_> {
     fn attend(&self, q: Buf, rows: Rows, heads: Heads, kv: Kv, out: Act) -> Result<Vec<Kernel>, String> {
         let Heads { q: q_heads, kv: kv_heads, dim } = heads;
         let (group, m) = ((q_heads / kv_heads) as u32, self.rows(q));
-        let wg = self.tuning.attend_workgroup;
-        if dim > MOST_DIM || group > wg {
-            return Err(format!(
-                "heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {wg} are supported"
-            ));
-        }
-        let tile = wg / group;
+        let cut = self.tuning.attend(m, group, dim as u32)?;
         let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
-        let tiles = (m + spans * (tile - 1)) / tile;
+        let tiles = (m + spans * (cut.rows - 1)) / cut.rows;
         let context = self.cols(rows.page_table) * kv.page_tokens as u32;
         let splits = self.tuning.splits(tiles * kv_heads as u32, context);
         let parts = 4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64;
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
         let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
 
-        let attend = Kernel::new("attend", [tiles, kv_heads as u32, splits]).constant("WG", wg);
-        let attend = attend.constant("DIM", dim as u32).constant("GROUP", group).constant("SPLITS", splits);
-        let attend = attend.constant("KV_HEADS", kv_heads as u32).constant("PAGE", kv.page_tokens as u32);
-        let attend = attend.constant("IN", self.code(q)).constant("KV", self.code(kv.k));
-        let attend = attend.params([factor.to_bits(), self.cols(rows.page_table)]).read(1, self.program.live);
-        let attend = attend.bind(2, Binding::WriteScratch(parts)).read(3, q).read(4, kv.k).read(5, kv.v);
-        let attend = attend.read(6, rows.page_table).read(7, rows.spans);
-
-        let merge = self.rows_kernel("attend_merge", q, out, vec![v_scale.to_bits()]).constant("DIM", dim as u32);
-        let merge = merge.constant("SPLITS", splits).bind(4, Binding::ReadScratch(parts));
-        Ok(vec![attend, merge])
+        let ops = 4.0 * f64::from(m) * f64::from(context) * (q_heads * dim) as f64;
+        let attend = |(base, count)| {
+            let attend = Kernel::new(cut.shader, [count, kv_heads as u32, splits]).constants(&cut.constants);
+            let attend = attend.constant("DIM", dim as u32).constant("GROUP", group);
+            let attend = attend.constant("KV_HEADS", kv_heads as u32).constant("PAGE", kv.page_tokens as u32);
+            let attend = attend.constant("IN", self.code(q)).constant("KV", self.code(kv.k));
+            let attend = attend.params([factor.to_bits(), self.cols(rows.page_table), splits, base]);
+            let attend = attend.read(1, self.program.live).bind(2, Binding::WriteScratch(parts)).read(3, q);
+            attend.read(4, kv.k).read(5, kv.v).read(6, rows.page_table).read(7, rows.spans)
+        };
+        let merge = self.rows_kernel("attend_merge", q, out, vec![v_scale.to_bits(), splits]);
+        let merge = merge.constant("DIM", dim as u32).bind(4, Binding::ReadScratch(parts));
+        Ok(dispatches(tiles, ops).map(attend).chain([merge]).collect())
     }
 }

@@ -5,6 +5,7 @@
 //! compute pass and submits it, without waiting.
 
 pub mod adapter;
+mod cache;
 mod gpu;
 pub mod kernel;
 mod layout;
@@ -22,6 +23,7 @@ use quaver_core::bytes::Bytes;
 use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Op, Plan, Program, Step};
 use quaver_core::{Error, Result, e4m3};
 
+use self::cache::Cache;
 use self::gpu::Gpu;
 use self::kernel::{Binding, Kernel};
 use self::layout::{Layout, Layouts};
@@ -31,8 +33,8 @@ use self::pipelines::Pipelines;
 use self::tuning::Tuning;
 
 /// The variants of the kernels that an adapter runs, the best first.
-pub fn variants(_adapter: &Adapter) -> Vec<&'static str> {
-    vec!["portable"]
+pub fn variants(adapter: &Adapter) -> Vec<&'static str> {
+    tuning::variants(adapter).iter().map(|variant| variant.name).collect()
 }
 
 /// The kernels that a program over these buffers is lowered to, without a device: for tests that look at shaders.
@@ -83,19 +85,22 @@ struct Dispatch {
 impl Wgpu {
     /// Opens an adapter with a variant of the kernels by its name, the best where None.
     pub fn open(adapter: &Adapter, variant: Option<&str>) -> Result<Self> {
-        let names = variants(adapter);
-        if let Some(name) = variant.filter(|name| !names.contains(name)) {
-            let why = format!("there is no variant {name}; this adapter runs {}", names.join(", "));
+        let mut offered = tuning::variants(adapter).into_iter();
+        let Some(chosen) = offered.find(|offered| variant.is_none_or(|name| name == offered.name)) else {
+            let (name, names) = (variant.unwrap_or_default(), variants(adapter).join(", "));
+            let why = format!("there is no variant {name}; this adapter runs {names}");
             return Err(Error::device(adapter::NAME, why));
-        }
-        let gpu = Gpu::open(adapter, Features::empty())?;
+        };
+        let optional = Features::PIPELINE_CACHE & adapter.features();
+        let gpu = Gpu::open(adapter, chosen.features | optional)?;
+        let pipelines = Pipelines::new(Cache::open(&gpu, &adapter.get_info()));
         let unused = || gpu.buffer("unused", 16, BufferUsages::STORAGE);
         let unused = [unused()?, unused()?];
         let mut wgpu = Wgpu {
             gpu,
-            tuning: Tuning::PORTABLE,
+            tuning: chosen.tuning,
             memory: Memory::default(),
-            pipelines: Pipelines::default(),
+            pipelines,
             scratch: Vec::new(),
             unused,
             plans: Vec::new(),
@@ -231,6 +236,7 @@ impl Backend for Wgpu {
             _ => None,
         });
         let most = [program.rows as u32, program.wanted as u32, spans.min().unwrap_or(u32::MAX)];
+        self.pipelines.save();
         self.plans.push(Recorded { dispatches, live: program.live, most });
         Ok(Plan(self.plans.len() as u32 - 1))
     }

@@ -5,11 +5,13 @@ use std::collections::HashMap;
 
 use ::wgpu::{
     BindGroupLayout, BindGroupLayoutDescriptor, BindGroupLayoutEntry, BindingType, BufferBindingType, ComputePipeline,
-    ComputePipelineDescriptor, PipelineCompilationOptions, PipelineLayoutDescriptor, ShaderModule,
-    ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource, ShaderStages,
+    ComputePipelineDescriptor, ExperimentalFeatures, Features, PipelineCache, PipelineCacheDescriptor,
+    PipelineCompilationOptions, PipelineLayoutDescriptor, ShaderModule, ShaderModuleDescriptor, ShaderRuntimeChecks,
+    ShaderSource, ShaderStages,
 };
 use quaver_core::Result;
 
+use super::cache::Cache;
 use super::gpu::Gpu;
 use super::kernel::Kernel;
 
@@ -21,16 +23,31 @@ pub struct Pipeline {
 }
 
 /// See the module.
-#[derive(Default)]
 pub struct Pipelines {
     modules: HashMap<&'static str, ShaderModule>,
     made: HashMap<Key, Pipeline>,
+    cache: Option<Cache>,
+    /// Pipelines that the cache on disk may lack.
+    unsaved: usize,
 }
 
 /// A shader and the bits of its constants.
 type Key = (&'static str, Vec<(&'static str, u64)>);
 
 impl Pipelines {
+    /// None made yet.
+    pub fn new(cache: Option<Cache>) -> Self {
+        Pipelines { modules: HashMap::new(), made: HashMap::new(), cache, unsaved: 0 }
+    }
+
+    /// Keeps what was compiled since the last call on disk, where the driver allows.
+    pub fn save(&mut self) {
+        if let Some(cache) = self.cache.as_ref().filter(|_| self.unsaved > 0) {
+            cache.save();
+        }
+        self.unsaved = 0;
+    }
+
     /// The pipeline of a kernel.
     pub fn get(&mut self, gpu: &Gpu, kernel: &Kernel) -> Result<Pipeline> {
         let constants = kernel.constants.iter().map(|&(name, value)| (name, value.to_bits())).collect();
@@ -40,6 +57,7 @@ impl Pipelines {
         }
         let pipeline = self.make(gpu, kernel)?;
         self.made.insert(key, pipeline.clone());
+        self.unsaved += 1;
         Ok(pipeline)
     }
 
@@ -79,11 +97,34 @@ impl Pipelines {
                 constants: &kernel.constants,
                 zero_initialize_workgroup_memory: false,
             },
-            cache: None,
+            cache: self.cache.as_ref().map(|cache| &cache.pipelines),
         });
         gpu.check()?;
         Ok(Pipeline { pipeline, layout })
     }
+}
+
+/// Leave to use what wgpu still calls experimental among features that an adapter offers.
+#[allow(unsafe_code)]
+pub fn experimental(features: Features) -> ExperimentalFeatures {
+    if !features.intersects(Features::all_experimental_mask()) {
+        return ExperimentalFeatures::disabled();
+    }
+    // SAFETY: the caller takes on that such features may be unsound. Only cooperative matrices are ever asked for, and
+    // `linear_matrix.wgsl` loads and stores them within arrays of a constant size, at offsets that are constant too.
+    unsafe { ExperimentalFeatures::enabled() }
+}
+
+/// A cache of pipelines, with what `Cache` kept of it.
+#[allow(unsafe_code)]
+pub fn pipeline_cache(gpu: &Gpu, data: Option<&[u8]>) -> Result<PipelineCache> {
+    let descriptor = PipelineCacheDescriptor { label: Some("quaver"), data, fallback: true };
+    // SAFETY: the data must come from `PipelineCache::get_data`. It is read from a file of the user's own that nothing
+    // but `Cache::save` writes, whole; wgpu holds its header (adapter, driver, length) against the device's, and a driver
+    // has to check the rest.
+    let cache = unsafe { gpu.device.create_pipeline_cache(&descriptor) };
+    gpu.check()?;
+    Ok(cache)
 }
 
 /// Compiles a shader of ours.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use naga::back::pipeline_constants::process_overrides;
 use naga::back::{glsl, hlsl, msl, spv};
-use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::valid::{Capabilities, ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, ShaderStage, StorageAccess};
 use quaver::parity::{DEFAULT_SEED, Stage, cases};
 use quaver_backends::wgpu::kernel::Kernel;
@@ -51,11 +51,42 @@ fn all_kernels() -> Vec<(&'static str, Kernel)> {
     kernels_of_all
 }
 
-/// Parses and validates WGSL that needs nothing of an adapter but what all of WebGPU has.
+/// What a shader asks of an adapter beyond what all of WebGPU has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Needs {
+    Nothing,
+    Subgroups,
+    /// Matrices of f16, and subgroups.
+    Matrices,
+}
+
+impl Needs {
+    fn of(source: &str) -> Needs {
+        match (source.contains("coop_mat"), source.contains("subgroup_")) {
+            (true, _) => Needs::Matrices,
+            (false, true) => Needs::Subgroups,
+            (false, false) => Needs::Nothing,
+        }
+    }
+
+    fn capabilities(self) -> Capabilities {
+        let all = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+        match self {
+            Needs::Nothing => all,
+            Needs::Subgroups => all | Capabilities::SUBGROUP,
+            Needs::Matrices => {
+                all | Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX
+            }
+        }
+    }
+}
+
+/// Parses and validates WGSL.
 fn validate(name: &str, source: &str) -> (Module, ModuleInfo) {
     let module = naga::front::wgsl::parse_str(source)
         .unwrap_or_else(|error| panic!("{}", error.emit_to_string_with_path(source, name)));
-    let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32);
+    let mut validator = Validator::new(ValidationFlags::all(), Needs::of(source).capabilities());
+    validator.subgroup_stages(ShaderStages::COMPUTE).subgroup_operations(SubgroupOperationSet::all());
     let info = validator.validate(&module).unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(source)));
     (module, info)
 }
@@ -79,32 +110,42 @@ fn every_shader_is_used_and_becomes_every_language() {
     println!("{} kernels of {} shaders", kernels.len(), modules.len());
 }
 
-/// Emits a kernel in each language, as the oldest version that its interface has compute shaders in.
+/// Emits a kernel in each language, as the oldest version that has what it needs. Matrices are in SPIR-V and MSL only:
+/// naga has no others yet, and an adapter of DX12 or OpenGL does not offer them.
 fn emit(module: &Module, info: &ModuleInfo, kernel: &Kernel) -> Result<(), String> {
     let (stage, entry) = (ShaderStage::Compute, kernel.shader.to_owned());
     let constants = kernel.constants.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
     let (module, info) = process_overrides(module, info, Some((stage, &entry)), &constants)
         .map_err(|error| format!("constants: {error}"))?;
 
-    let options = spv::Options { lang_version: (1, 0), ..spv::Options::default() };
+    let needs = Needs::of(quaver_shaders::find(kernel.shader).expect("the shader is listed").source);
+    let version = if needs == Needs::Nothing { (1, 0) } else { (1, 3) };
+    let options = spv::Options { lang_version: version, ..spv::Options::default() };
     let pipeline = spv::PipelineOptions { shader_stage: stage, entry_point: entry.clone() };
     let words =
         spv::write_vec(&module, &info, &options, Some(&pipeline)).map_err(|error| format!("SPIR-V: {error}"))?;
     assert_eq!(words[0], 0x0723_0203, "SPIR-V begins with its magic number");
 
-    let options = msl::Options { lang_version: (2, 0), ..msl::Options::default() };
+    let version = if needs == Needs::Nothing { (2, 0) } else { (2, 3) };
+    let options = msl::Options { lang_version: version, ..msl::Options::default() };
     let pipeline = msl::PipelineOptions { entry_point: Some((stage, entry.clone())), ..Default::default() };
     let (text, _) = msl::write_string(&module, &info, &options, &pipeline).map_err(|error| format!("MSL: {error}"))?;
     assert!(text.contains("kernel void "), "{text}");
 
-    let (options, pipeline) =
-        (hlsl::Options::default(), hlsl::PipelineOptions { entry_point: Some((stage, entry.clone())) });
+    if needs == Needs::Matrices {
+        return Ok(());
+    }
+    let model = if needs == Needs::Nothing { hlsl::ShaderModel::V5_1 } else { hlsl::ShaderModel::V6_0 };
+    let options = hlsl::Options { shader_model: model, ..hlsl::Options::default() };
+    let pipeline = hlsl::PipelineOptions { entry_point: Some((stage, entry.clone())) };
     let mut text = String::new();
     let mut writer = hlsl::Writer::new(&mut text, &options, &pipeline);
     writer.write(&module, &info, None).map_err(|error| format!("HLSL: {error}"))?;
     assert!(text.contains("[numthreads("), "{text}");
 
-    let options = glsl::Options { version: glsl::Version::new_gles(310), ..glsl::Options::default() };
+    let version =
+        if needs == Needs::Nothing { glsl::Version::new_gles(310) } else { glsl::Version::Desktop(430) };
+    let options = glsl::Options { version, ..glsl::Options::default() };
     let pipeline = glsl::PipelineOptions { shader_stage: stage, entry_point: entry, multiview: None };
     let mut text = String::new();
     glsl::Writer::new(&mut text, &module, &info, &options, &pipeline, Default::default())
@@ -204,6 +245,10 @@ fn barriers_that_some_threads_miss_are_found() {
         ("if (early(lid) > 1u) { workgroupBarrier(); }", false),
         ("switch (lid) { case 1u: { workgroupBarrier(); } default: {} }", false),
         ("if (lid < 8u) { waits(); }", false),
+        ("for (var i = group.x; i < 9u; i++) { out[i] = subgroupAdd(lid); }", true),
+        ("for (var i = subgroup; i < 9u; i++) { out[i] = subgroupAdd(lid); }", true),
+        ("for (var i = lid; i < 9u; i++) { out[i] = subgroupAdd(lid); }", false),
+        ("if (subgroup == 1u) { workgroupBarrier(); }", false),
     ];
     for (body, is_sound) in bodies {
         let source = format!(
@@ -217,6 +262,7 @@ fn barriers_that_some_threads_miss_are_found() {
              fn change(x: ptr<function, u32>, y: u32) {{ *x = y; }}
              @compute @workgroup_size(64) fn test(
                @builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32,
+               @builtin(subgroup_id) subgroup: u32,
              ) {{ {body} }}"
         );
         let (module, _) = validate(body, &source);

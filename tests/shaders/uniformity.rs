@@ -1,9 +1,10 @@
-//! Whether all threads of a workgroup, or none, come to each barrier of a shader: validation does not look.
+//! Whether all threads of a workgroup, or none, come to each barrier of a shader, and all threads of a subgroup, or none,
+//! to each operation of subgroups: validation does not look.
 //!
-//! The rule. A value is uniform where all threads of a workgroup have the same one: constants, the workgroup's id, what
-//! lies at a uniform place of a uniform, of storage that is only read or of workgroup memory, and what is computed from
-//! these alone. A thread's own ids, storage that is written, results of subgroups and what a pointer parameter points to
-//! are not. A variable is uniform where all that is ever stored to it is, in uniform control flow. Control flow is
+//! The rule. A value is uniform where all threads of a group have the same one: constants, the workgroup's id, the
+//! subgroup's where the group is a subgroup, what lies at a uniform place of a uniform, of storage that is only read or of
+//! workgroup memory, and what is computed from these alone. A thread's own ids, storage that is written, results of
+//! subgroups and what a pointer parameter points to are not. A variable is uniform where all that is ever stored to it is, in uniform control flow. Control flow is
 //! uniform inside of conditions that are, and as long as no thread may have left on its own: by `return` for the rest of
 //! the function, by `break` for all of the loop, by `continue` for the rest of its body.
 //!
@@ -28,24 +29,47 @@ pub struct Barriers {
 /// Looks at all that an entry point calls.
 pub fn barriers(module: &Module, entry: &str) -> Barriers {
     let entry = module.entry_points.iter().find(|point| point.name == entry).expect("the entry point is there");
-    let shared = |builtin| matches!(builtin, BuiltIn::WorkGroupId | BuiltIn::NumWorkGroups | BuiltIn::WorkGroupSize);
-    let arguments = entry.function.arguments.iter().map(|argument| match argument.binding {
-        Some(Binding::BuiltIn(builtin)) => shared(builtin),
-        _ => false,
-    });
-    let arguments: Vec<bool> = arguments.collect();
-    let mut walk = Walk { module, private: HashSet::new(), barriers: Barriers::default() };
-    loop {
-        let known = walk.private.len();
-        walk.function(&entry.function, &entry.name, arguments.clone(), true);
-        if walk.private.len() == known {
-            return walk.barriers;
+    let mut barriers = Barriers::default();
+    for group in [Group::Workgroup, Group::Subgroup] {
+        let arguments = entry.function.arguments.iter().map(|argument| match argument.binding {
+            Some(Binding::BuiltIn(builtin)) => group.shares(builtin),
+            _ => false,
+        });
+        let arguments: Vec<bool> = arguments.collect();
+        let mut walk = Walk { module, group, private: HashSet::new(), barriers };
+        loop {
+            let known = walk.private.len();
+            walk.function(&entry.function, &entry.name, arguments.clone(), true);
+            if walk.private.len() == known {
+                break;
+            }
+        }
+        barriers = walk.barriers;
+    }
+    barriers
+}
+
+/// Threads that have to stay together.
+#[derive(Clone, Copy, PartialEq)]
+enum Group {
+    Workgroup,
+    Subgroup,
+}
+
+impl Group {
+    /// Whether all of its threads have the same value.
+    fn shares(self, builtin: BuiltIn) -> bool {
+        match builtin {
+            BuiltIn::WorkGroupId | BuiltIn::NumWorkGroups | BuiltIn::WorkGroupSize => true,
+            BuiltIn::NumSubgroups | BuiltIn::SubgroupSize | BuiltIn::SubgroupId => self == Group::Subgroup,
+            _ => false,
         }
     }
 }
 
 struct Walk<'a> {
     module: &'a Module,
+    group: Group,
     /// Private variables that are not uniform. Grows until nothing new is found, as do all sets here.
     private: HashSet<Handle<GlobalVariable>>,
     barriers: Barriers,
@@ -146,19 +170,23 @@ impl<'a> Walk<'a> {
                 left.returns = !control;
                 frame.result &= control && value.is_none_or(|value| self.is_uniform(frame, value));
             }
-            Statement::ControlBarrier(_) => self.barrier(frame, "a barrier", control),
-            Statement::WorkGroupUniformLoad { .. } => self.barrier(frame, "a workgroupUniformLoad", control),
+            Statement::ControlBarrier(_) => self.barrier(frame, Group::Workgroup, "a barrier", control),
+            Statement::WorkGroupUniformLoad { .. } => {
+                self.barrier(frame, Group::Workgroup, "a workgroupUniformLoad", control);
+            }
             Statement::SubgroupBallot { .. }
             | Statement::SubgroupGather { .. }
             | Statement::SubgroupCollectiveOperation { .. }
-            | Statement::CooperativeStore { .. } => self.barrier(frame, "a subgroup operation", control),
+            | Statement::CooperativeStore { .. } => {
+                self.barrier(frame, Group::Subgroup, "a subgroup operation", control);
+            }
             Statement::Emit(range) => {
                 let expressions = range.clone().map(|handle| &frame.function.expressions[handle]);
                 let is_shared = |e: &Expression| {
                     matches!(e, Expression::CooperativeLoad { .. } | Expression::CooperativeMultiplyAdd { .. })
                 };
                 if expressions.into_iter().any(is_shared) {
-                    self.barrier(frame, "a cooperative matrix operation", control);
+                    self.barrier(frame, Group::Subgroup, "a cooperative matrix operation", control);
                 }
             }
             Statement::Store { pointer, value }
@@ -183,7 +211,11 @@ impl<'a> Walk<'a> {
         left
     }
 
-    fn barrier(&mut self, frame: &Frame, what: &str, control: bool) {
+    /// Notes what threads of `group` have to come to together.
+    fn barrier(&mut self, frame: &Frame, group: Group, what: &str, control: bool) {
+        if group != self.group {
+            return;
+        }
         let place = format!("{what} in {}", frame.name);
         if !control {
             self.barriers.faulty.insert(place.clone());
