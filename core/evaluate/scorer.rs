@@ -146,9 +146,9 @@ impl Scorer {
             self.backend.write(self.llama.inputs.rows.page_table, row, cast_slice(&pages))?;
             let row = batch.push(*slot, *first, &ids[*first..*end]);
             // The row before a token gives its logits.
-            let (from, until) = ((*from).max(first + 1), (end + 1).min(ids.len()));
-            for (position, &id) in (from..until).zip(&ids[from.min(until)..until]) {
-                batch.want(row + position - 1 - first, RowParams::score(*slot, id, 0));
+            let (next, end) = ((*from).max(first + 1), (end + 1).min(ids.len()));
+            for (position, target) in (next..end).zip(&ids[next.min(end)..end]) {
+                batch.want(row + position - 1 - first, RowParams::score(*slot, *target, 0));
                 scored.push((*window, position));
             }
         }

@@ -78,13 +78,16 @@ struct Line {
 
 /// A line that can be scored.
 enum Item {
-    /// `lengths` are the choices' characters; none where contexts are chosen from, which share a continuation.
-    Choose {
-        pairs: Vec<(String, String)>,
-        lengths: Vec<usize>,
-        truth: Truth,
-    },
+    Choose(Choose),
     Generate(Generate),
+}
+
+struct Choose {
+    /// Contexts and their continuations.
+    pairs: Vec<(String, String)>,
+    /// The choices' characters; none where contexts are chosen from, which share a continuation.
+    lengths: Vec<usize>,
+    truth: Truth,
 }
 
 enum Truth {
@@ -184,27 +187,25 @@ impl Task {
         add: &mut impl FnMut(Metric, f64),
         on_line: &mut impl FnMut(),
     ) -> Result<()> {
-        let items: Vec<_> = self.items.iter().filter_map(Item::choices).collect();
+        let items: Vec<&Choose> = self.items.iter().filter_map(Item::choices).collect();
         if items.is_empty() {
             return Ok(());
         }
         let files = crate::files(model, options.offline)?;
         let encoder = Encoder::open(&Checkpoint::open(files.clone())?)?;
         let mut windows = Vec::new();
-        for (pairs, ..) in &items {
-            for (context, continuation) in *pairs {
+        for item in &items {
+            for (context, continuation) in &item.pairs {
                 windows.push(window(&encoder, context, continuation)?);
             }
         }
         let longest = windows.iter().map(|window: &Window| window.ids.len()).max().unwrap_or(0);
         let mut model = Model::open(files, options, longest)?;
-        let ends: Vec<usize> = items
-            .iter()
-            .scan(0, |end, (pairs, ..)| {
-                *end += pairs.len();
-                Some(*end)
-            })
-            .collect();
+        let add_up = |end: &mut usize, item: &&Choose| {
+            *end += item.pairs.len();
+            Some(*end)
+        };
+        let ends: Vec<usize> = items.iter().scan(0, add_up).collect();
         let mut done = 0;
         let mut scored = likelihoods(&mut model.scorer, &windows, |window| {
             while done < ends.len() && window >= ends[done] {
@@ -213,9 +214,10 @@ impl Task {
             }
         })?
         .into_iter();
-        for (pairs, lengths, truth) in items {
-            let scored: Vec<Likelihood> = scored.by_ref().take(pairs.len()).collect();
-            judge(&scored, lengths, truth, add);
+        (done..ends.len()).for_each(|_| on_line());
+        for item in items {
+            let scored: Vec<Likelihood> = scored.by_ref().take(item.pairs.len()).collect();
+            judge(&scored, item, add);
         }
         Ok(())
     }
@@ -251,20 +253,17 @@ impl Task {
     }
 }
 
-/// Pairs of context and continuation, the continuations' lengths, and which are right.
-type Choices<'a> = (&'a [(String, String)], &'a [usize], &'a Truth);
-
 impl Item {
-    fn choices(&self) -> Option<Choices<'_>> {
+    fn choices(&self) -> Option<&Choose> {
         match self {
-            Item::Choose { pairs, lengths, truth } => Some((pairs, lengths, truth)),
+            Item::Choose(choose) => Some(choose),
             Item::Generate(_) => None,
         }
     }
 
     fn generated(&self) -> Option<&Generate> {
         match self {
-            Item::Choose { .. } => None,
+            Item::Choose(_) => None,
             Item::Generate(generate) => Some(generate),
         }
     }
@@ -289,7 +288,7 @@ impl Line {
                 },
                 (None, None) => return Err("has neither `answer` nor `labels`".to_owned()),
             };
-            Ok(Item::Choose { pairs, lengths, truth })
+            Ok(Item::Choose(Choose { pairs, lengths, truth }))
         };
         let length = |text: &String| text.chars().count().max(1);
         match (self.prompt, self.messages, self.choices, self.contexts, self.continuation) {
@@ -345,16 +344,16 @@ fn window(encoder: &Encoder, context: &str, continuation: &str) -> Result<Window
 }
 
 /// The measures of one line.
-fn judge(scored: &[Likelihood], lengths: &[usize], truth: &Truth, add: &mut impl FnMut(Metric, f64)) {
-    match truth {
+fn judge(scored: &[Likelihood], item: &Choose, add: &mut impl FnMut(Metric, f64)) {
+    match &item.truth {
         Truth::Answer(answer) => {
             let right = |value: &dyn Fn(usize) -> f64| {
                 let better = |best: usize, i: usize| if value(i) > value(best) { i } else { best };
                 f64::from(u8::from((0..scored.len()).fold(0, better) == *answer))
             };
             add(Metric::Acc, right(&|i| scored[i].log_likelihood));
-            if !lengths.is_empty() {
-                add(Metric::AccNorm, right(&|i| scored[i].log_likelihood / lengths[i] as f64));
+            if !item.lengths.is_empty() {
+                add(Metric::AccNorm, right(&|i| scored[i].log_likelihood / item.lengths[i] as f64));
             }
         }
         Truth::Labels(labels) => {
