@@ -129,8 +129,8 @@ fn an_answer_has_the_form_that_is_asked_for() {
     let server = Server::start(&[]);
     let content = |fields: Value| {
         let reply = server.post(CHAT, &chat("Who is Peter Pan?", fields));
-        let json = reply.json();
-        json["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{reply:?}")).to_owned()
+        let message = reply.json()["choices"][0]["message"].clone();
+        message["content"].as_str().unwrap_or_else(|| panic!("{reply:?}")).to_owned()
     };
     let schema = json!({"type": "object", "properties": {"name": {"type": "string", "maxLength": 12},
         "age": {"type": "integer", "minimum": 1, "maximum": 99}}, "required": ["name", "age"], "additionalProperties": false});

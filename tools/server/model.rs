@@ -7,6 +7,7 @@ use quaver_core::engine::{Engine, PAGE_TOKENS};
 use quaver_core::op::DeviceInfo;
 use quaver_core::service::Service;
 
+use super::app::unix_time;
 use super::error::{ApiError, ApiResult};
 use super::metrics::Metrics;
 use super::structure::parser_factory;
@@ -58,7 +59,6 @@ impl Model {
             engine.max_model_len(),
             options.engine.max_num_seqs
         );
-        let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
         let service = Service::start(engine, most);
         Ok(Model {
             service,
@@ -66,7 +66,7 @@ impl Model {
             device,
             names,
             metrics: Metrics::new(),
-            created,
+            created: unix_time(),
             parsers: Mutex::default(),
             tokenizer_config,
         })
