@@ -92,6 +92,14 @@ def structure(client):
     assert client.chat.completions.create(model="demo", messages=QUESTION, extra_body=extra).choices[0].message.content in ("yes", "no")
 
 
+def responses(client):
+    whole = client.responses.create(model="demo", input=QUESTION[0]["content"], temperature=0)
+    assert whole.output_text == ANSWER and whole.status == "completed"
+    events = list(client.responses.create(model="demo", input=QUESTION, temperature=0, stream=True))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == ANSWER
+    assert events[-1].response.output_text == ANSWER
+
+
 def errors(client, url):
     for call, error in [
         (lambda: client.chat.completions.create(model="other", messages=QUESTION), openai.NotFoundError),
@@ -99,7 +107,7 @@ def errors(client, url):
         (lambda: client.chat.completions.create(model="demo", messages=QUESTION, temperature=-1), openai.BadRequestError),
         (lambda: client.embeddings.create(model="demo", input="a"), openai.NotFoundError),
         (lambda: openai.OpenAI(base_url=f"{url}/v1", api_key="no").models.list(), openai.AuthenticationError),
-        (lambda: client.completions.create(model="demo", prompt=["a"] * 100), openai.RateLimitError),
+        (lambda: client.completions.create(model="demo", prompt=["a"] * 100), openai.BadRequestError),
     ]:
         try:
             call()
@@ -123,7 +131,7 @@ server, url = start(sys.argv[1])
 try:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-test", max_retries=0, timeout=120)
     assert [m.id for m in client.models.list()] == ["demo"] and client.models.retrieve("demo").id == "demo"
-    for check in [chat, completions, tools, structure]:
+    for check in [chat, completions, tools, structure, responses]:
         check(client)
     errors(client, url)
     metrics(url)

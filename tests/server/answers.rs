@@ -1,5 +1,7 @@
 //! What is answered: texts, tokens, log-probabilities, calls, forms; and what is refused.
 
+use std::io::BufRead;
+
 use serde_json::{Value, json};
 
 use super::{HOOK, Server, chat, chunks};
@@ -200,6 +202,48 @@ fn a_call_that_must_be_made_is_made_whole_and_in_pieces() {
 }
 
 #[test]
+fn a_response_is_given_whole_and_as_events() {
+    let server = Server::start(&[]);
+    let ask = |fields: Value| {
+        let mut body = json!({"input": HOOK.0, "temperature": 0});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        body
+    };
+    let whole = server.post("/v1/responses", &ask(json!({}))).json();
+    assert_eq!((&whole["object"], &whole["status"]), (&json!("response"), &json!("completed")));
+    assert_eq!(whole["output"][0]["content"][0]["text"], HOOK.1);
+    let parts = json!([{"role": "user", "content": [{"type": "input_text", "text": HOOK.0}]}]);
+    assert_eq!(
+        server.post("/v1/responses", &ask(json!({"input": parts}))).json()["output"][0]["content"][0]["text"],
+        HOOK.1
+    );
+    let cut = server.post("/v1/responses", &ask(json!({"max_output_tokens": 3, "instructions": "Be brief."}))).json();
+    assert_eq!(
+        (&cut["status"], &cut["incomplete_details"]["reason"]),
+        (&json!("incomplete"), &json!("max_output_tokens"))
+    );
+    assert_eq!(cut["usage"]["output_tokens"], 3);
+    let lines: Vec<String> = server.stream("/v1/responses", &ask(json!({}))).lines().map(Result::unwrap).collect();
+    let events: Vec<Value> = lines
+        .iter()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .map(|data| serde_json::from_str(data).unwrap())
+        .collect();
+    let names: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("event: ")).collect();
+    assert!(names.iter().zip(&events).all(|(name, event)| event["type"] == *name) && names.len() == events.len());
+    assert!(events.iter().enumerate().all(|(i, event)| event["sequence_number"] == i));
+    let text: String = events.iter().filter_map(|event| event["delta"].as_str()).collect();
+    assert_eq!((text.as_str(), &events.last().unwrap()["type"]), (HOOK.1, &json!("response.completed")));
+    assert_eq!(events.last().unwrap()["response"]["output"], {
+        let mut output = whole["output"].clone();
+        output[0]["id"] = events.last().unwrap()["response"]["output"][0]["id"].clone();
+        output
+    });
+    assert_eq!(server.post("/v1/responses", &ask(json!({"previous_response_id": "x"}))).status, 400);
+    assert_eq!(server.post("/v1/responses", &ask(json!({"input": 3}))).status, 400);
+}
+
+#[test]
 fn what_means_nothing_is_refused_in_openais_shape() {
     let server = Server::start(&["--max-model-len", "64", "--max-body-size", "20K"]);
     let message = json!([{"role": "user", "content": "Hi"}]);
@@ -222,6 +266,7 @@ fn what_means_nothing_is_refused_in_openais_shape() {
         (TEXT, json!({"prompt": [1, -2]}), 400, "whole numbers"),
         (TEXT, json!({"prompt": [9999]}), 400, "token id 9999 is out of range"),
         (TEXT, json!({"prompt": [[]]}), 400, "the prompt is empty"),
+        (TEXT, json!({"prompt": vec!["Hi"; 100], "n": 10}), 400, "1000 answers are asked for, at most 288"),
         (TEXT, json!({"prompt": "Hi", "suffix": "!"}), 400, "suffix is not supported"),
         (TEXT, json!({"prompt": "Hi", "best_of": 3}), 400, "best_of"),
         (TEXT, json!({"prompt": "x".repeat(30_000)}), 413, "larger than 20480 bytes"),

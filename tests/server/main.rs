@@ -1,6 +1,8 @@
 //! The server as a client sees it: the built binary, over HTTP.
 
 mod answers;
+mod batch;
+mod bench;
 mod operation;
 mod soak;
 
