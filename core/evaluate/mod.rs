@@ -17,16 +17,18 @@ pub struct Window {
     pub from: usize,
 }
 
-/// The windows of a text: each holds `context` tokens behind the begin-of-text token, where the text has one, and begins
-/// `stride` tokens behind the one before. Each scores what no earlier one did; the first token of a text that has no
-/// begin-of-text token in front is not scored. (`prefix` is that token, `text` what follows it.)
+/// The windows of a text: each holds `context` tokens behind one that is only seen, and begins `stride` tokens behind the
+/// one before. The one that is only seen is the begin-of-text token, or, where the text has none, the token before: the
+/// first token of such a text is not scored, every other one is by the first window that holds it. (`prefix` is the
+/// begin-of-text token, `text` what follows it.)
 pub fn windows(prefix: &[u32], text: &[u32], context: usize, stride: usize) -> Vec<Window> {
     let mut windows = Vec::new();
     let mut scored = 0;
     for start in (0..text.len()).step_by(stride.max(1)) {
         let end = text.len().min(start + context);
-        let ids = [prefix, &text[start..end]].concat();
-        let from = (prefix.len() + scored - start).max(1);
+        let seen = if prefix.is_empty() { &text[start.saturating_sub(1)..start] } else { prefix };
+        let ids = [seen, &text[start..end]].concat();
+        let from = (seen.len() + scored - start).max(1);
         if from < ids.len() {
             windows.push(Window { ids, from });
         }
@@ -196,6 +198,8 @@ mod tests {
         }
         let strided = windows(&[99], &text[..6], 4, 2);
         assert_eq!(strided[1], Window { ids: vec![99, 2, 3, 4, 5], from: 3 });
+        let bare = windows(&[], &text[..6], 4, 4);
+        assert_eq!(bare[1], Window { ids: vec![3, 4, 5], from: 1 });
         assert_eq!(windows(&[99], &[], 4, 4), []);
         assert_eq!(windows(&[], &[1], 4, 4), []);
     }

@@ -40,7 +40,7 @@ struct TextFlags {
     /// A text, or JSON lines with text, messages, prompt or input_ids.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// Tokens of a window; the begin-of-text token goes before them.
+    /// Tokens of a window; the begin-of-text token, or where there is none the token before, goes before them.
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
     context: u32,
     /// Tokens from one window to the next; what a window shares with the one before is context [default: --context].
