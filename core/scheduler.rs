@@ -177,8 +177,10 @@ impl<Id: Copy + PartialEq> Scheduler<Id> {
             }
             let idle = found.iter().filter(|(_, idle)| *idle).count();
             let need = self.pages.pages_for(next.tokens.len()) - found.len();
-            // A page for each running sequence is left, or the newcomer would soon have to go again.
-            if need + idle + self.running.len() > self.pages.free() {
+            // A page for each running sequence that may grow is left, or the newcomer would soon have to go again.
+            let has_all = |sequence: &Sequence| sequence.pages.len() >= self.pages.pages_for(sequence.limit);
+            let growing = self.running.iter().filter(|(_, sequence)| !has_all(sequence)).count();
+            if need + idle + growing > self.pages.free() {
                 break;
             }
             let Some((id, mut sequence)) = self.waiting.remove(i) else { break };
@@ -329,6 +331,11 @@ mod tests {
         s.remove(3);
         assert!(s.is_idle());
         assert_eq!(s.pages().free(), 4);
+        // Those that have all pages they may come to need leave none free.
+        for id in 4..8 {
+            s.submit(id, Sequence { limit: 16, ..sequence(id, 10) });
+        }
+        assert_eq!(s.admit(), [4, 5, 6, 7]);
     }
 
     #[test]
