@@ -1,8 +1,12 @@
 //! The server as a client sees it: the built binary, over HTTP.
 
+#[path = "../support/mod.rs"]
+mod support;
+
 mod answers;
 mod batch;
 mod bench;
+mod fuzz;
 mod operation;
 mod soak;
 
@@ -134,6 +138,15 @@ impl Server {
         let text = self.get("/metrics").text;
         let lines = text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{')));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
+    /// Sends the first SIGTERM and waits until it is heard.
+    fn drain(&self) {
+        self.signal();
+        // A connection that was just being opened may be closed without an answer.
+        self.wait_until(|server| {
+            server.agent.get(format!("{}/health", server.url)).call().is_ok_and(|reply| reply.status() == 503)
+        });
     }
 
     fn signal(&self) {

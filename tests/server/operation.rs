@@ -97,8 +97,7 @@ fn sigterm_refuses_what_is_new_and_finishes_what_was_begun() {
     let server = Server::start(&[]);
     let mut stream = server.stream(CHAT, &long());
     stream.read_line(&mut String::new()).unwrap();
-    server.signal();
-    server.wait_until(|server| server.get("/health").status == 503);
+    server.drain();
     let refused = server.post(CHAT, &chat(HOOK.0, json!({})));
     assert_eq!(refused.error(), (503, "the server is shutting down".into()));
     let answer = chunks(stream);
@@ -113,8 +112,7 @@ fn a_second_signal_ends_at_once() {
     let server = Server::start(&[]);
     let mut stream = server.stream(CHAT, &chat("Hi", json!({"ignore_eos": true, "n": 8, "temperature": 1})));
     stream.read_line(&mut String::new()).unwrap();
-    server.signal();
-    server.wait_until(|server| server.get("/health").status == 503);
+    server.drain();
     server.signal();
     let mut rest = Vec::new();
     // The stream breaks off, as an error or as an early end.

@@ -126,12 +126,7 @@ pub fn run(args: Args) -> Result<()> {
         request_timeout: Duration::from_secs(args.request_timeout),
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
     };
-    let mut signals = 0;
-    let stop = move || {
-        signals += 1;
-        signalled(signals)
-    };
-    Ok(server::run(options, stop, |event| match event {
+    Ok(server::run(options, signals, |event| match event {
         Event::Listening(address) => log::info!("listening on http://{address}; loading the model"),
         Event::Ready => log::info!("ready"),
         Event::Draining { under_way } => {
@@ -142,26 +137,24 @@ pub fn run(args: Args) -> Result<()> {
     })?)
 }
 
-/// Waits for so many signals to end, counted from now on.
+/// Gives SIGTERM and SIGINT, from now on, one a call: none is lost between two calls.
 #[cfg(unix)]
-fn signalled(count: usize) -> impl Future<Output = ()> {
+fn signals() -> impl AsyncFnMut() {
     use tokio::signal::unix::{SignalKind, signal};
     let [mut terminate, mut interrupt] = [SignalKind::terminate(), SignalKind::interrupt()]
         .map(|kind| signal(kind).expect("these signals can be listened to"));
-    async move {
-        for _ in 0..count {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+    async move || {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
         }
     }
 }
 
 /// The same where Ctrl-C is the only one.
 #[cfg(not(unix))]
-async fn signalled(count: usize) {
-    for _ in 0..count {
+fn signals() -> impl AsyncFnMut() {
+    async || {
         // Where it cannot be listened to, nothing ends the server but its end.
         let _ = tokio::signal::ctrl_c().await;
     }

@@ -108,25 +108,20 @@ pub fn cors(origins: &[String]) -> Option<CorsLayer> {
 }
 
 /// Serves connections until `stop` is over; then lets requests under way finish, answers new ones as the handlers do,
-/// and ends when none is left, or when `give_up` is over.
-pub async fn serve(
-    listener: TcpListener,
-    router: axum::Router,
-    stop: impl Future<Output = ()>,
-    give_up: impl Future<Output = ()>,
-) {
+/// and ends when none is left, or when what `stop` gave is over.
+pub async fn serve<G: Future<Output = ()>>(listener: TcpListener, router: axum::Router, stop: impl Future<Output = G>) {
     let graceful = GracefulShutdown::new();
-    let (mut stop, mut give_up) = (std::pin::pin!(stop), std::pin::pin!(give_up));
-    loop {
+    let mut stop = std::pin::pin!(stop);
+    let give_up = loop {
         tokio::select! {
             accepted = listener.accept() => if let Some(stream) = usable(accepted).await {
                 let connection = graceful.watch(connection(stream, &router));
                 tokio::spawn(async move { note(connection.await) });
             },
-            () = &mut stop => break,
+            give_up = &mut stop => break give_up,
         }
-    }
-    let mut finished = std::pin::pin!(graceful.shutdown());
+    };
+    let (mut give_up, mut finished) = (std::pin::pin!(give_up), std::pin::pin!(graceful.shutdown()));
     loop {
         tokio::select! {
             accepted = listener.accept() => if let Some(stream) = usable(accepted).await {

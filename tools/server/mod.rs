@@ -19,7 +19,6 @@ mod sse;
 mod structure;
 mod tools;
 
-use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -81,14 +80,12 @@ pub enum Event {
     },
 }
 
-/// Serves until `stop` gives its first word, then lets requests under way finish; its second word ends them.
+/// Serves until a first signal, then lets requests under way finish; a second one ends them. `signals` is called once,
+/// within the server's runtime, for what gives the next signal whenever it is called.
 ///
 /// # Errors
 /// Where the address cannot be listened at, or the model cannot be loaded.
-pub fn run<F>(options: Options, mut stop: impl FnMut() -> F, on_event: impl Fn(Event)) -> Result<()>
-where
-    F: Future<Output = ()>,
-{
+pub fn run<S: AsyncFnMut()>(options: Options, signals: impl FnOnce() -> S, on_event: impl Fn(Event)) -> Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).max_blocking_threads(8).thread_name("http").enable_all().build();
     let failed = |e| Error::device("server", format!("no threads to serve with ({e}); free some memory"));
@@ -108,19 +105,20 @@ where
             })
         };
         let under_way = || app.loaded().map_or(0, |model| model.service.under_way());
-        let (first, second) = (stop(), stop());
+        let mut signal = signals();
         let draining = async {
-            first.await;
+            signal().await;
             app.drain();
             on_event(Event::Draining { under_way: under_way() });
-        };
-        let give_up = async {
-            tokio::select! {
-                () = tokio::time::sleep(app.options.shutdown_timeout) => {}
-                () = second => {}
+            let timeout = app.options.shutdown_timeout;
+            async move {
+                tokio::select! {
+                    () = tokio::time::sleep(timeout) => {}
+                    () = signal() => {}
+                }
             }
         };
-        let serving = http::serve(listener, router(&app), draining, give_up);
+        let serving = http::serve(listener, router(&app), draining);
         let loaded = async {
             let failed = |e| Error::device("server", format!("the model could not be loaded: {e}"));
             loading.await.map_err(failed)??;
