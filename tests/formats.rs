@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use support::checkpoints;
 use support::goldens::relative_rms;
 use support::runner::Runner;
-use support::tiny::{Inputs, LINEARS, Opened, Random, Tensor, Tiny, VOCAB, group, quantization};
+use support::tiny::{Inputs, LINEARS, Opened, Random, Tensor, Tiny, VOCAB, group, quantization, survive};
 
 /// Relative rms of a row of logits between programs that sum in different orders.
 const SAME: f64 = 1e-5;
@@ -469,21 +469,6 @@ fn an_fp8_cache_is_used_where_scales_are_brought_and_where_it_is_asked_for() {
 }
 
 // ---- damage
-
-/// Opens, loads and answers within a little memory: what comes of it is Ok or Err.
-fn survive(opened: quaver_core::Result<Opened>) {
-    let Ok(opened) = opened else { return };
-    let options = EngineOptions { kv_cache_memory: 1 << 16, max_num_batched_tokens: 16, ..EngineOptions::default() };
-    let backend = quaver_backends::open(&Spec { kind: Kind::Cpu, threads: Some(1), ..Spec::default() }).unwrap();
-    let Ok(mut engine) = Engine::new(&opened.checkpoint, backend, &options) else { return };
-    let params = SamplingParams { max_tokens: 3, prompt_logprobs: Some(1), seed: Some(1), ..SamplingParams::default() };
-    if engine.submit(&[1, 0, 2], params).is_ok() {
-        while !engine.is_idle() {
-            engine.step().unwrap();
-        }
-    }
-    assert_eq!(engine.pages().0, engine.pages().1);
-}
 
 /// Paths of all values of a JSON object.
 fn paths(value: &Value, at: &str, into: &mut Vec<String>) {

@@ -3,6 +3,7 @@
 
 pub mod checkpoints;
 pub mod goldens;
+pub mod mutate;
 pub mod runner;
 pub mod ties;
 pub mod tiny;

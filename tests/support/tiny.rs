@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use half::bf16;
+use quaver_backends::{Kind, Spec};
 use quaver_core::checkpoint::{Checkpoint, Files};
 use quaver_core::e4m3;
+use quaver_core::engine::{Engine, EngineOptions};
+use quaver_core::sampler::SamplingParams;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -174,6 +177,21 @@ impl Tiny {
         fs::write(folder.path().join("generation_config.json"), self.generation.to_string()).unwrap();
         Ok(Opened { checkpoint: Checkpoint::open(Files::dir(folder.path())?)?, _folder: folder })
     }
+}
+
+/// Opens, loads and answers within a little memory: what comes of it is Ok or Err.
+pub fn survive(opened: quaver_core::Result<Opened>) {
+    let Ok(opened) = opened else { return };
+    let options = EngineOptions { kv_cache_memory: 1 << 16, max_num_batched_tokens: 16, ..EngineOptions::default() };
+    let backend = quaver_backends::open(&Spec { kind: Kind::Cpu, threads: Some(1), ..Spec::default() }).unwrap();
+    let Ok(mut engine) = Engine::new(&opened.checkpoint, backend, &options) else { return };
+    let params = SamplingParams { max_tokens: 3, prompt_logprobs: Some(1), seed: Some(1), ..SamplingParams::default() };
+    if engine.submit(&[1, 0, 2], params).is_ok() {
+        while !engine.is_idle() {
+            engine.step().unwrap();
+        }
+    }
+    assert_eq!(engine.pages().0, engine.pages().1);
 }
 
 /// A `quantization_config` of some config groups.

@@ -282,11 +282,10 @@ fn without_generation_tags(source: &str) -> String {
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
         text.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        let Some((inside, after)) = tag[2..].split_once("%}") else {
             rest = tag;
             break;
         };
-        let (inside, after) = (&tag[2..end], &tag[end + 2..]);
         let trimmed = |c: char| c.is_whitespace() || c == '-' || c == '+';
         let replacement = match inside.trim_matches(trimmed) {
             "generation" => Some("if true"),

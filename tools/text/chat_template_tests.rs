@@ -71,6 +71,7 @@ fn generation_tags_change_nothing() {
     let source = "{{ 'a' }} {%- generation -%} b {{ 'c' }} {%+ endgeneration %}\nd {{ '{%' }}{% if 1 %}e{% endif %}";
     assert_eq!(render(source).unwrap(), "ab c d {%e");
     assert_eq!(without_generation_tags("x {% y"), "x {% y");
+    assert_eq!(without_generation_tags("{%}{% generation %}"), "{%}{% if true %}");
 }
 
 #[test]
