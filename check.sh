@@ -42,7 +42,8 @@ run cargo clippy --workspace --all-targets --locked -- -D warnings
 RUSTDOCFLAGS="-D warnings" run cargo doc --workspace --no-deps --locked
 run cargo test --workspace --locked
 
-# Clients that others wrote, where they can be installed.
+# Clients that others wrote, where they can be installed; a browser for the chat page among them.
+command -v chromium >/dev/null || install "Chromium" chromium
 venv=target/clients
 if [ ! -x $venv/bin/python ] && ! python3 -m venv $venv 2>/dev/null; then
   sudo=$([ "$(id -u)" = 0 ] || echo sudo)
@@ -50,4 +51,4 @@ if [ ! -x $venv/bin/python ] && ! python3 -m venv $venv 2>/dev/null; then
   python3 -m venv $venv
 fi
 run $venv/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
-run $venv/bin/python tests/clients/check.py target/debug/quaver
+HF_HUB_OFFLINE=1 run $venv/bin/python tests/clients/check.py target/debug/quaver

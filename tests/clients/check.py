@@ -1,15 +1,31 @@
-"""Real clients against `quaver serve`: OpenAI's own, and Prometheus' parser. Usage: check.py PATH-OF-QUAVER."""
+"""Real clients against `quaver serve`: OpenAI's own, LangChain, lm-evaluation-harness, Prometheus' parser, and Chromium
+with the chat page. Usage: check.py PATH-OF-QUAVER."""
 
+import contextlib
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import urllib.request
+from typing import Annotated
 
+import harness
+import lm_eval
 import openai
+import page
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.utils import check_remote_tokenizer_support
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, Field
+
+KEY = "sk-test"
 
 QUESTION = [{"role": "user", "content": "Who is Captain Hook?"}]
 ANSWER = "Captain Hook is a pirate, and the great enemy of Peter Pan."
@@ -27,15 +43,37 @@ WEATHER = {
 }
 
 
-def start(quaver):
-    args = [quaver, "serve", "--port", "0", "--served-model-name", "demo", "--api-key", "sk-test", "--max-queue", "8"]
+# What tests/outside/lm_evaluation_harness.py gives of the bf16 fixture, as in tests/eval.rs.
+SCORES = {
+    "choices acc": 0.4375,
+    "choices acc_norm": 0.8125,
+    "truths mc2": 0.6265936382387493,
+    "contexts acc": 0.8333333333333334,
+    "answers-first exact_match": 0.75,
+    "answers-last exact_match": 0.5,
+}
+
+
+@contextlib.contextmanager
+def serving(quaver, *flags):
+    """A server's address; at the end it must go as it is told to."""
+    args = [quaver, "serve", "--port", "0", "--served-model-name", "demo", "--api-key", KEY, *flags]
     server = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
-    url = None
-    for line in server.stderr:
-        url = url or (found := re.search(r"http://[\d.:]+", line)) and found.group()
-        if line.rstrip().endswith("ready"):
-            return server, url
-    sys.exit("the server did not start")
+    try:
+        url = None
+        for line in server.stderr:
+            url = url or (found := re.search(r"http://[\d.:]+", line)) and found.group()
+            if line.rstrip().endswith("ready"):
+                break
+        else:
+            sys.exit("the server did not start")
+        # Its log must not fill the pipe.
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        yield url
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
 
 
 def chat(client):
@@ -80,8 +118,6 @@ def tools(client):
 
 
 def structure(client):
-    from pydantic import BaseModel, Field
-
     class Person(BaseModel):
         name: str = Field(max_length=10)
         age: int = Field(ge=0, le=99)
@@ -118,7 +154,7 @@ def errors(client, url):
 
 
 def metrics(url):
-    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": "Bearer sk-test"})
+    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     families = {f.name: f for f in text_string_to_metric_families(urllib.request.urlopen(request).read().decode())}
     for name in ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens"]:
         assert families[f"vllm:{name}"].samples[0].labels == {"model_name": "demo"}, name
@@ -127,17 +163,59 @@ def metrics(url):
     assert families["quaver:kv_pages_used"].samples[0].value == 0
 
 
-server, url = start(sys.argv[1])
-try:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-test", max_retries=0, timeout=120)
+@tool
+def weather(city: Annotated[str, Field(max_length=10)]) -> str:
+    """The weather of a city."""
+    return f"rain in {city}"
+
+
+def langchain(url):
+    model = ChatOpenAI(model="demo", base_url=f"{url}/v1", api_key=KEY, temperature=0, max_retries=0)
+    assert model.invoke(QUESTION).content == ANSWER
+    assert "".join(chunk.content for chunk in model.stream(QUESTION)) == ANSWER
+    assert [answer.content for answer in model.batch([QUESTION, QUESTION])] == [ANSWER, ANSWER]
+    [call] = model.bind_tools([weather], tool_choice="weather", strict=True).invoke(QUESTION).tool_calls
+    assert call["name"] == "weather" and isinstance(call["args"], dict)
+
+
+def evaluation(url, model):
+    assert check_remote_tokenizer_support(f"{url}/v1/completions", auth_token=KEY)
+    os.environ["OPENAI_API_KEY"] = KEY
+    lm = LocalCompletionsAPI(
+        model="demo",
+        base_url=f"{url}/v1/completions",
+        tokenizer=model,
+        tokenizer_backend="huggingface",
+        add_bos_token=True,
+        num_concurrent=4,
+        max_length=1024,
+    )
+    scores = harness.scores(lm)
+    assert scores.keys() == SCORES.keys() and all(abs(scores[name] - SCORES[name]) < 1e-4 for name in SCORES), scores
+
+
+def bf16_model(folder):
+    """The bf16 fixture, which the tests in Rust have made, with the demo's tokenizer, which is its own."""
+    root = pathlib.Path(__file__).parent.parent.parent
+    for source in root / "target/tmp/checkpoints/tiny-llama", root / "tools/demo":
+        for file in source.iterdir():
+            if not (to := pathlib.Path(folder) / file.name).exists():
+                to.symlink_to(file)
+    return folder
+
+
+quaver = sys.argv[1]
+with serving(quaver, "--max-queue", "8") as url:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
     assert [m.id for m in client.models.list()] == ["demo"] and client.models.retrieve("demo").id == "demo"
     for check in [chat, completions, tools, structure, responses]:
         check(client)
     errors(client, url)
+    langchain(url)
+    page.check(url, KEY, QUESTION[0]["content"], ANSWER)
     metrics(url)
-    server.send_signal(signal.SIGTERM)
-    server.stderr.read()
-    assert server.wait(60) == 0
-finally:
-    server.kill()
-print(f"openai {openai.__version__} and prometheus_client agree with the server")
+with tempfile.TemporaryDirectory() as folder:
+    model = bf16_model(folder)
+    with serving(quaver, "--model", model, "--profile", "exact") as url:
+        evaluation(url, model)
+print(f"openai {openai.__version__}, langchain, chromium, lm_eval {lm_eval.__version__} and prometheus_client agree with the server")
