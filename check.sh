@@ -46,8 +46,7 @@ run cargo test --workspace --locked
 command -v chromium >/dev/null || install "Chromium" chromium
 venv=target/clients
 if [ ! -x $venv/bin/python ] && ! python3 -m venv $venv 2>/dev/null; then
-  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
-  $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends python3-venv
+  install "Python's venv" python3-venv
   python3 -m venv $venv
 fi
 run $venv/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
