@@ -106,6 +106,7 @@ pub fn run<S: AsyncFnMut()>(options: Options, signals: impl FnOnce() -> S, on_ev
         };
         let under_way = || app.loaded().map_or(0, |model| model.service.under_way());
         let mut signal = signals();
+        #[allow(clippy::async_yields_async, reason = "what ends the drain is awaited when it has begun")]
         let draining = async {
             signal().await;
             app.drain();
