@@ -144,8 +144,7 @@ fn emit(module: &Module, info: &ModuleInfo, kernel: &Kernel) -> Result<(), Strin
     writer.write(&module, &info, None).map_err(|error| format!("HLSL: {error}"))?;
     assert!(text.contains("[numthreads("), "{text}");
 
-    let version =
-        if needs == Needs::Nothing { glsl::Version::new_gles(310) } else { glsl::Version::Desktop(430) };
+    let version = if needs == Needs::Nothing { glsl::Version::new_gles(310) } else { glsl::Version::Desktop(430) };
     let options = glsl::Options { version, ..glsl::Options::default() };
     let pipeline = glsl::PipelineOptions { shader_stage: stage, entry_point: entry, multiview: None };
     let mut text = String::new();
