@@ -27,12 +27,18 @@ command -v shellcheck >/dev/null || install "shellcheck" shellcheck
 
 # The wgpu backend is tested on whatever adapters there are, at least on a software one: tests fail where there is none.
 # macOS has Metal.
+has_library() { PATH=$PATH:/sbin ldconfig -p | grep -F "$1"; }
 has_vulkan() {
   compgen -G '/usr/share/vulkan/icd.d/*.json' || compgen -G '/etc/vulkan/icd.d/*.json' || return 1
-  PATH=$PATH:/sbin ldconfig -p | grep -F libvulkan.so.1
+  has_library libvulkan.so.1
 }
-if [ "$(uname)" = Linux ] && ! has_vulkan >/dev/null; then
-  install "a Vulkan driver (Mesa's software driver, lavapipe)" mesa-vulkan-drivers libvulkan1
+has_opengl() {
+  compgen -G '/usr/share/glvnd/egl_vendor.d/*.json' || compgen -G '/etc/glvnd/egl_vendor.d/*.json' || return 1
+  has_library libEGL.so.1
+}
+if [ "$(uname)" = Linux ]; then
+  has_vulkan >/dev/null || install "a Vulkan driver (Mesa's software driver, lavapipe)" mesa-vulkan-drivers libvulkan1
+  has_opengl >/dev/null || install "an OpenGL driver (Mesa's)" libegl1 libegl-mesa0 libgl1-mesa-dri
 fi
 
 run() { echo "== $*"; "$@"; }

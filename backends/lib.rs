@@ -165,9 +165,9 @@ fn open_wgpu(_spec: &Spec) -> Result<Box<dyn Backend>> {
 /// A software adapter can do what the processor can.
 #[cfg(feature = "wgpu")]
 fn wgpu_peaks(spec: &Spec) -> Result<Peaks> {
-    if wgpu::adapter::is_hardware(find_adapter(spec)?) {
-        let why = "what a GPU can do at best is not measured yet; take --backend cpu, or another --device";
-        return Err(Error::device("wgpu", why));
+    let adapter = find_adapter(spec)?;
+    if wgpu::adapter::is_hardware(adapter) {
+        return wgpu::peaks::measure(adapter, spec.variant.as_deref());
     }
     cpu::peaks(spec.threads, None)
 }
@@ -180,9 +180,9 @@ fn wgpu_peaks(_spec: &Spec) -> Result<Peaks> {
 /// What a device can do at best, measured on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Peaks {
-    /// Threads of the processor that took part.
+    /// Threads of the processor that took part; 1 for a GPU.
     pub threads: usize,
-    /// Bytes a second that are read from memory.
+    /// Bytes a second that are read from the device's memory.
     pub bandwidth: f64,
     /// Operations a second of the instruction that the device's kernels multiply FP8 with; a product that is added to a
     /// sum is two.

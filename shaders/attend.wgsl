@@ -19,13 +19,16 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   let blocks = (DIM + 15u) / 16u;
   var queries: array<mat4x4<f32>, 16>;
   var sums: array<mat4x4<f32>, 16>;
+  var section: array<mat4x4<f32>, 16>;
   for (var b = 0u; b < blocks; b++) {
     let d = 16u * b;
     queries[b] = mat4x4<f32>(
       query4(row, head, d), query4(row, head, d + 4u), query4(row, head, d + 8u), query4(row, head, d + 12u));
   }
   var largest = NONE;
+  var largest_of_sums = NONE;
   var norm = 0.0;
+  var section_norm = 0.0;
   var scores: array<vec4<f32>, 4>;
   var slots: array<vec4<u32>, 4>;
   for (var first = tile.begin; first < end; first += CHUNK) {
@@ -64,14 +67,24 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
       scores[t] = select(weight, vec4<f32>(0.0), scores[t] == vec4<f32>(NONE));
       weights += scores[t];
     }
-    norm = norm * correction + ((weights.x + weights.y) + (weights.z + weights.w));
+    section_norm = section_norm * correction + ((weights.x + weights.y) + (weights.z + weights.w));
     for (var b = 0u; b < blocks; b++) {
       var values = mat4x4<f32>();
       for (var t = 0u; t < 4u; t++) {
         let near = v16(slots[t].x, b) * scores[t].x + v16(slots[t].y, b) * scores[t].y;
         values += near + (v16(slots[t].z, b) * scores[t].z + v16(slots[t].w, b) * scores[t].w);
       }
-      sums[b] = sums[b] * correction + values;
+      section[b] = section[b] * correction + values;
+    }
+    if (ends_section(first, tile)) {
+      let correction = exp_f32(largest_of_sums - largest);
+      largest_of_sums = largest;
+      norm = norm * correction + section_norm;
+      section_norm = 0.0;
+      for (var b = 0u; b < blocks; b++) {
+        sums[b] = sums[b] * correction + section[b];
+        section[b] = mat4x4<f32>();
+      }
     }
   }
   let at = part_at(row, head, workgroup.z);

@@ -24,6 +24,8 @@ override KV: u32;  // the dtype of the cache
 
 // Positions whose scores are taken before their values are summed; parts are whole chunks.
 const CHUNK = 16u;
+// Positions whose sums are taken on their own, so that sums in f32 stay short.
+const SECTION = 256u;
 // Below every score.
 const NONE = -3e38;
 
@@ -56,6 +58,12 @@ fn find_tile(workgroup: vec3<u32>, rows: u32) -> Tile {
   let part = ((context + p.splits - 1u) / p.splits + CHUNK - 1u) / CHUNK * CHUNK;
   let begin = workgroup.z * part;
   return Tile(true, span, tile * rows, begin, min(begin + part, context));
+}
+
+// Whether the chunk at `first` is the last of a section of a tile's part.
+fn ends_section(first: u32, tile: Tile) -> bool {
+  let next = first + CHUNK;
+  return next >= tile.end || (next - tile.begin) % SECTION == 0u;
 }
 
 // Where a row's part of a head lies in parts.

@@ -8,7 +8,8 @@ var<workgroup> queries: array<vec4<f32>, 512>;  // [TILE, DIM / 4]
 var<workgroup> scores: array<f32, 512>;  // [TILE, CHUNK]
 var<workgroup> slots: array<u32, 16>;  // rows of the cache of a chunk
 var<workgroup> largest: array<f32, 32>;  // score of a query
-var<workgroup> correction: array<f32, 32>;  // of what was summed before
+var<workgroup> correction: array<f32, 32>;  // of the section so far
+var<workgroup> largest_of_sums: array<f32, 32>;  // as sums have it
 
 // Elements 4 group .. 4 group + 3 of a row of v.
 fn v4(row: u32, group: u32) -> vec4<f32> {
@@ -42,9 +43,12 @@ fn attend_tiled(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
   }
   if (lid < count) {
     largest[lid] = NONE;
+    largest_of_sums[lid] = NONE;
   }
   var sums: array<vec4<f32>, 4>;
+  var section: array<vec4<f32>, 4>;
   var norms: vec4<f32>;
+  var section_norms: vec4<f32>;
   for (var first = tile.begin; first < tile.end; first += CHUNK) {
     workgroupBarrier();
     if (lid < CHUNK) {
@@ -90,8 +94,22 @@ fn attend_tiled(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
           sum += v4(slots[c], u % (4u * blocks)) * weight;
           norm += weight;
         }
-        sums[n] = sums[n] * correction[i] + sum;
-        norms[n] = norms[n] * correction[i] + norm;
+        section[n] = section[n] * correction[i] + sum;
+        section_norms[n] = section_norms[n] * correction[i] + norm;
+      }
+    }
+    if (ends_section(first, tile)) {
+      for (var n = 0u; n < 4u; n++) {
+        let i = min((lid + n * WG) / (4u * blocks), 31u);
+        let correction = exp_f32(largest_of_sums[i] - largest[i]);
+        sums[n] = sums[n] * correction + section[n];
+        norms[n] = norms[n] * correction + section_norms[n];
+        section[n] = vec4<f32>(0.0);
+        section_norms[n] = 0.0;
+      }
+      workgroupBarrier();
+      if (lid < count) {
+        largest_of_sums[lid] = largest[lid];
       }
     }
   }

@@ -7,7 +7,7 @@ override TM: u32;  // at most 8
 override TN: u32;  // at most 8
 
 // Blocks of 16 products whose sum is taken on its own.
-const CHUNK = 32u;
+const CHUNK = 4u;
 
 // Blocks of 16 elements as vectors: one of E4M3, two of bf16, four of f32 for each row of the tile.
 alias Blocks = array<vec4<u32>, 32>;
@@ -70,8 +70,8 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     w_rows[j] = channel_at(tile + j) * blocks * w_vectors;
   }
   var sums: array<f32, 64>;
+  var chunk: array<f32, 64>;
   for (var first = 0u; first < blocks; first += CHUNK) {
-    var chunk: array<f32, 64>;
     let end = min(first + CHUNK, blocks);
     for (var block = first; block < end; block++) {
       var ws: Blocks;
@@ -93,6 +93,7 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     }
     for (var i = 0u; i < TM * TN; i++) {
       sums[i] += chunk[i];
+      chunk[i] = 0.0;
     }
   }
   for (var i = 0u; i < TM; i++) {

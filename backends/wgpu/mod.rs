@@ -11,6 +11,7 @@ pub mod kernel;
 mod layout;
 mod lower;
 mod memory;
+pub mod peaks;
 mod pipelines;
 pub mod tuning;
 

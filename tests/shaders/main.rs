@@ -13,7 +13,7 @@ use naga::{AddressSpace, Module, ShaderStage, StorageAccess};
 use quaver::parity::{DEFAULT_SEED, Stage, cases};
 use quaver_backends::wgpu::kernel::Kernel;
 use quaver_backends::wgpu::tuning::Tuning;
-use quaver_backends::wgpu::{e4m3_codes, kernels};
+use quaver_backends::wgpu::{e4m3_codes, kernels, peaks};
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::llama::{KvCache, Profile};
 use quaver_core::op::{BufDesc, Program};
@@ -38,6 +38,7 @@ fn all_kernels() -> Vec<(&'static str, Kernel)> {
     }
     let (mut kernels_of_all, mut seen) = (vec![("self-test", e4m3_codes())], HashSet::new());
     for (tuning_name, tuning) in Tuning::all() {
+        kernels_of_all.extend(peaks::kernels(&tuning, 1024).map(|kernel| (tuning_name, kernel)));
         for (program, descs) in &programs {
             for kernel in kernels(program, descs, &tuning).unwrap() {
                 let constants: Vec<_> = kernel.constants.iter().map(|(name, value)| (*name, value.to_bits())).collect();
