@@ -21,8 +21,8 @@ install() {
   "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${packages[@]}"
 }
 
-# The tokenizer's dependencies are linked with it.
-command -v cc >/dev/null || install "a C compiler" gcc libc6-dev
+# The tokenizer's dependencies are linked with the one, and CUDA kernels run on the CPU by the other.
+command -v cc >/dev/null && command -v c++ >/dev/null || install "a C and C++ compiler" g++ libc6-dev
 command -v shellcheck >/dev/null || install "shellcheck" shellcheck
 
 # The wgpu backend is tested on whatever adapters there are, at least on a software one: tests fail where there is none.
@@ -41,19 +41,24 @@ if [ "$(uname)" = Linux ]; then
   has_opengl >/dev/null || install "an OpenGL driver (Mesa's)" libegl1 libegl-mesa0 libgl1-mesa-dri
 fi
 
+# What is installed from PyPI: clients that others wrote, NVRTC and a disassembler, which the CUDA kernels are compiled and
+# looked at with.
+venv=$PWD/target/venv
+if [ ! -x "$venv/bin/python" ] && ! python3 -m venv "$venv" 2>/dev/null; then
+  install "Python's venv" python3-venv
+  python3 -m venv "$venv"
+fi
+"$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/requirements.txt
+nvidia=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13
+# A browser for the chat page.
+command -v chromium >/dev/null || install "Chromium" chromium
+
 run() { echo "== $*"; "$@"; }
 run shellcheck check.sh .ci/run tools/*.sh
 run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings
 RUSTDOCFLAGS="-D warnings" run cargo doc --workspace --no-deps --locked
 run cargo test --workspace --locked
-
-# Clients that others wrote, where they can be installed; a browser for the chat page among them.
-command -v chromium >/dev/null || install "Chromium" chromium
-venv=target/clients
-if [ ! -x $venv/bin/python ] && ! python3 -m venv $venv 2>/dev/null; then
-  install "Python's venv" python3-venv
-  python3 -m venv $venv
-fi
-run $venv/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
-HF_HUB_OFFLINE=1 run $venv/bin/python tests/clients/check.py target/debug/quaver
+QUAVER_NVRTC=$nvidia/lib PATH=$nvidia/bin:$PATH \
+  run cargo test --test kernels --locked -- --ignored --nocapture
+HF_HUB_OFFLINE=1 run "$venv/bin/python" tests/clients/check.py target/debug/quaver

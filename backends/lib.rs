@@ -1,6 +1,10 @@
 //! The devices that run Quaver's programs, and the choice among them.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod layout;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
@@ -20,6 +24,10 @@ pub enum Kind {
     /// The best that this machine offers.
     #[default]
     Auto,
+    /// NVIDIA cards, with FP8 on their tensor cores.
+    Cuda,
+    /// The CUDA kernels on the CPU, compiled by its C++ compiler: slow, for tests of the kernels.
+    CudaEmulated,
     /// Any GPU, or a software adapter, through WGSL.
     Wgpu,
     /// All cores.
@@ -30,12 +38,14 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, as they are listed to a user.
-    pub const ALL: [Kind; 4] = [Kind::Auto, Kind::Wgpu, Kind::Cpu, Kind::Reference];
+    pub const ALL: [Kind; 6] = [Kind::Auto, Kind::Cuda, Kind::Wgpu, Kind::Cpu, Kind::Reference, Kind::CudaEmulated];
 
     /// The name on the command line.
     pub const fn name(self) -> &'static str {
         match self {
             Kind::Auto => "auto",
+            Kind::Cuda => "cuda",
+            Kind::CudaEmulated => "cuda-emulated",
             Kind::Wgpu => "wgpu",
             Kind::Cpu => "cpu",
             Kind::Reference => "reference",
@@ -50,7 +60,7 @@ impl fmt::Display for Kind {
 }
 
 /// Which device to open.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct Spec {
     /// The backend.
     pub kind: Kind,
@@ -60,7 +70,12 @@ pub struct Spec {
     pub threads: Option<usize>,
     /// Which of its kernels, where it has several for the same thing; None for the best. On the cpu: an instruction set.
     pub variant: Option<String>,
+    /// The share of a card's memory that may be used; None for [`GPU_MEMORY_UTILIZATION`].
+    pub gpu_memory_utilization: Option<f64>,
 }
+
+/// The share of a card's memory that is used where nothing else is said, as in vLLM.
+pub const GPU_MEMORY_UTILIZATION: f64 = 0.9;
 
 impl From<Kind> for Spec {
     fn from(kind: Kind) -> Self {
@@ -85,6 +100,8 @@ const HUGGING_FACE: &str = "hf-bf16";
 pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
     let kind = choose(spec);
     let backend: Box<dyn Backend> = match kind {
+        Kind::Cuda => open_cuda(spec)?,
+        Kind::CudaEmulated => open_cuda_emulated(spec)?,
         Kind::Wgpu => open_wgpu(spec)?,
         Kind::Auto | Kind::Cpu => {
             within(spec, kind, 1)?;
@@ -162,6 +179,31 @@ fn open_wgpu(_spec: &Spec) -> Result<Box<dyn Backend>> {
     Err(Error::device("wgpu", NOT_BUILT))
 }
 
+#[cfg(feature = "cuda")]
+fn open_cuda(spec: &Spec) -> Result<Box<dyn Backend>> {
+    let cards = cuda::card::all().map_err(|why| Error::device("cuda", why))?;
+    within(spec, Kind::Cuda, cards.len())?;
+    let (card, properties) = &cards[spec.device];
+    let share = spec.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION);
+    Ok(Box::new(cuda::Cuda::open(*card, properties, spec.variant.as_deref(), share)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_spec: &Spec) -> Result<Box<dyn Backend>> {
+    Err(Error::device("cuda", NOT_BUILT))
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda_emulated(spec: &Spec) -> Result<Box<dyn Backend>> {
+    within(spec, Kind::CudaEmulated, cuda::SCHEDULES)?;
+    Ok(Box::new(cuda::Cuda::emulated(cuda::Variant::parse("cuda-emulated", spec.variant.as_deref())?, spec.device)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda_emulated(_spec: &Spec) -> Result<Box<dyn Backend>> {
+    Err(Error::device("cuda-emulated", NOT_BUILT))
+}
+
 /// A software adapter can do what the processor can.
 #[cfg(feature = "wgpu")]
 fn wgpu_peaks(spec: &Spec) -> Result<Peaks> {
@@ -176,6 +218,8 @@ fn wgpu_peaks(spec: &Spec) -> Result<Peaks> {
 fn wgpu_peaks(_spec: &Spec) -> Result<Peaks> {
     Err(Error::device("wgpu", NOT_BUILT))
 }
+
+const UNMEASURED: &str = "what a GPU can do at best is not measured yet; take --backend cpu, or another --device";
 
 /// What a device can do at best, measured on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -192,6 +236,8 @@ pub struct Peaks {
 /// Measures what the device that [`open`] would open can do at best. Takes about a second and 512 MiB of memory.
 pub fn peaks(spec: &Spec) -> Result<Peaks> {
     match choose(spec) {
+        Kind::Cuda => Err(Error::device("cuda", UNMEASURED)),
+        Kind::CudaEmulated => Err(Error::device("cuda-emulated", "its speed says nothing; take another --backend")),
         Kind::Wgpu => wgpu_peaks(spec),
         Kind::Auto | Kind::Cpu => cpu::peaks(spec.threads, spec.variant.as_deref()),
         // One thread, and no instruction that not every machine has.
@@ -212,9 +258,11 @@ pub struct Device {
     pub variants: Vec<&'static str>,
 }
 
-/// Every device that [`open`] can open, the one that `auto` takes first: GPUs, the cpu, software adapters.
+/// Every device that [`open`] can open, the one that `auto` takes first: NVIDIA cards, other GPUs, the cpu, software
+/// adapters. The emulator is for tests, and none of them.
 pub fn devices() -> Vec<Device> {
-    let (mut devices, software): (Vec<_>, Vec<_>) = wgpu_devices().into_iter().partition(|(_, is_gpu)| *is_gpu);
+    let (gpus, software): (Vec<_>, Vec<_>) = wgpu_devices().into_iter().partition(|(_, is_gpu)| *is_gpu);
+    let mut devices: Vec<_> = cuda_devices().into_iter().map(|device| (device, true)).chain(gpus).collect();
     let info = cpu::describe(cpu::default_threads(), Isa::all()[0]);
     let names = Isa::all().iter().map(|isa| isa.name()).collect();
     devices.push((Device { kind: Kind::Cpu, index: 0, info, variants: names }, false));
@@ -222,6 +270,21 @@ pub fn devices() -> Vec<Device> {
     let info = Reference::open().describe();
     devices.push((Device { kind: Kind::Reference, index: 0, info, variants: Vec::new() }, false));
     devices.into_iter().map(|(device, _)| device).collect()
+}
+
+/// The cards that the cuda backend runs on.
+#[cfg(feature = "cuda")]
+fn cuda_devices() -> Vec<Device> {
+    let device = |(index, (_, properties)): (usize, &(usize, cuda::Properties))| {
+        let variants = cuda::card::variants(properties).into_iter().map(cuda::Variant::name).collect();
+        Device { kind: Kind::Cuda, index, info: cuda::card::describe(properties), variants }
+    };
+    cuda::card::all().unwrap_or_default().iter().enumerate().map(device).collect()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_devices() -> Vec<Device> {
+    Vec::new()
 }
 
 /// The adapters, and whether each is a GPU.
@@ -245,20 +308,21 @@ pub fn variants() -> Vec<Spec> {
     for Device { kind, index: device, variants, .. } in devices() {
         let names = variants.iter().map(|name| Some((*name).to_owned()));
         let names: Vec<_> = if variants.is_empty() { vec![None] } else { names.collect() };
-        specs.extend(names.into_iter().map(|variant| Spec { kind, device, threads: None, variant }));
+        specs.extend(names.into_iter().map(|variant| Spec { kind, device, variant, ..Spec::default() }));
     }
     specs
 }
 
 /// A backend that offers no device here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unavailable {
     /// Its name.
     pub backend: &'static str,
-    /// Why.
-    pub why: &'static str,
+    /// Why, and what to do.
+    pub why: String,
 }
 
+#[cfg(not(all(feature = "cuda", feature = "wgpu")))]
 const NOT_BUILT: &str = "not in this build";
 
 #[cfg(feature = "wgpu")]
@@ -267,12 +331,16 @@ const NO_ADAPTER: &str = "there is no adapter; install a GPU driver with Vulkan,
 
 /// The backends that [`devices`] lists nothing of, and why.
 pub fn unavailable() -> Vec<Unavailable> {
-    let mut missing = vec![Unavailable { backend: "cuda", why: NOT_BUILT }];
+    let mut missing = Vec::new();
+    #[cfg(feature = "cuda")]
+    missing.extend(cuda::card::all().err().map(|why| Unavailable { backend: "cuda", why }));
+    #[cfg(not(feature = "cuda"))]
+    missing.push(Unavailable { backend: "cuda", why: NOT_BUILT.into() });
     #[cfg(feature = "wgpu")]
     if wgpu::adapter::all().is_empty() {
-        missing.push(Unavailable { backend: "wgpu", why: NO_ADAPTER });
+        missing.push(Unavailable { backend: "wgpu", why: NO_ADAPTER.into() });
     }
     #[cfg(not(feature = "wgpu"))]
-    missing.push(Unavailable { backend: "wgpu", why: NOT_BUILT });
+    missing.push(Unavailable { backend: "wgpu", why: NOT_BUILT.into() });
     missing
 }

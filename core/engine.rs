@@ -14,6 +14,7 @@ use crate::guide::Guide;
 use crate::kv::Pages;
 use crate::llama::{KvCache, Llama, Profile, Sizes};
 use crate::op::{Backend, DType, DeviceInfo, Plan};
+use crate::plan::MemoryPlan;
 use crate::sampler::{Count, NO_TOKEN, RowParams, Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Budget, Scheduler, Sequence, Share};
 
@@ -237,6 +238,9 @@ impl Engine {
     /// Loads a checkpoint onto a backend and records the largest program, so that what cannot run fails here.
     pub fn new(checkpoint: &Checkpoint, mut backend: Box<dyn Backend>, options: &EngineOptions) -> Result<Self> {
         let sizes = sizes(checkpoint, options)?;
+        if let Some(have) = backend.budget() {
+            MemoryPlan::new(checkpoint, options)?.fits(have)?;
+        }
         let llama = Llama::load(checkpoint, &mut *backend, options.profile, options.kv_cache, sizes)?;
         let pages = Pages::new(sizes.pages, PAGE_TOKENS);
         let weights = checkpoint.tensors().map(|tensor| tensor.data.len() as u64).sum();

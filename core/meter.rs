@@ -100,6 +100,10 @@ impl Backend for Meter {
         self.inner.supports(op)
     }
 
+    fn budget(&self) -> Option<u64> {
+        self.inner.budget()
+    }
+
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
         self.buffers.push(desc.clone());
         self.inner.alloc(desc)

@@ -445,6 +445,11 @@ pub trait Backend: Send {
     /// Err([`Unsupported`](crate::Error::Unsupported)) with the reason where this backend cannot run an op.
     fn supports(&self, op: &Op) -> Result<()>;
 
+    /// Bytes that may still be allocated, where the backend knows: a model that needs more is refused before it is loaded.
+    fn budget(&self) -> Option<u64> {
+        None
+    }
+
     /// A new buffer, zeroed. Buffers are numbered from 0 in the order in which `alloc` and `load` made them, so that
     /// one numbering serves the same program on several backends.
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf>;

@@ -1,5 +1,5 @@
 //! What a model takes of a device's memory, found without one: the model is built as the engine builds it, on a backend
-//! that only counts what it is asked for. `quaver inspect` is the caller.
+//! that only counts what it is asked for. `quaver inspect` calls it, and the engine where a device has little memory.
 
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
@@ -73,6 +73,22 @@ impl MemoryPlan {
     /// All of it.
     pub fn total(&self) -> usize {
         self.weights + self.rotary + self.kv_cache + self.scratch
+    }
+
+    /// Err([`OutOfMemory`](Error::OutOfMemory)) with the numbers where a device has fewer bytes than this takes.
+    pub fn fits(&self, have: u64) -> Result<()> {
+        let need = self.total() as u64;
+        if need <= have {
+            return Ok(());
+        }
+        let MemoryPlan { weights, rotary, kv_cache, scratch, .. } = self;
+        let what = format!(
+            "the model ({weights} bytes of weights, {kv_cache} of KV cache, {} of activations and tables)",
+            rotary + scratch
+        );
+        let remedy =
+            "lower --kv-cache-memory or --max-model-len, raise --gpu-memory-utilization, or take another device";
+        Err(Error::OutOfMemory { what, need, have, remedy })
     }
 }
 

@@ -19,6 +19,7 @@ fn main() {
         Err(_) => DEFAULT_SEED,
     };
     let specs: Vec<Spec> = variants().into_iter().filter(|spec| spec.kind != Kind::Reference).collect();
+    let emulated: Vec<Spec> = emulated().collect();
     let mut trials = vec![Trial::test("a_wgpu_adapter_is_there", || {
         let is_there = variants().iter().any(|spec| spec.kind == Kind::Wgpu);
         is_there.then_some(()).ok_or_else(|| "there is none: check.sh installs a software one".into())
@@ -26,10 +27,14 @@ fn main() {
     // Case by case: what the reference gives is kept until the last device has been held against it.
     for (i, case) in parity::cases(seed).into_iter().enumerate() {
         let ready = Arc::new(OnceLock::new());
-        for spec in &specs {
+        for spec in specs.iter().chain(&emulated) {
+            // The emulated variants differ in one op.
+            if spec.kind == Kind::CudaEmulated && *spec != emulated[0] && case.op != "linear" {
+                continue;
+            }
             // Of several adapters, one takes all cases; Mesa's OpenGL compiles each `linear` for 8 seconds, and the others run
             // the same kernels, so that they take every fourth of these. `--include-ignored` runs the rest.
-            let is_rest = spec.device > 0 && case.op == "linear" && i % 4 != 0;
+            let is_rest = spec.kind == Kind::Wgpu && spec.device > 0 && case.op == "linear" && i % 4 != 0;
             let (name, spec, case, ready) =
                 (format!("{spec}::{}", case.name), spec.clone(), case.clone(), ready.clone());
             trials.push(Trial::test(name, move || trial(&spec, &case, &ready)).with_ignored_flag(is_rest));
@@ -44,6 +49,13 @@ fn main() {
         }
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// The CUDA kernels on the CPU: each variant under a schedule that runs threads at random and waits with asynchronous
+/// work. `tests/kernels.rs` goes through the others.
+fn emulated() -> impl Iterator<Item = Spec> {
+    let variants = quaver_backends::cuda::Variant::ALL.map(|variant| Some(variant.name().to_owned()));
+    variants.into_iter().map(|variant| Spec { kind: Kind::CudaEmulated, device: 9, variant, ..Spec::default() })
 }
 
 fn trial(spec: &Spec, case: &Case, ready: &OnceLock<Ready>) -> Result<(), Failed> {

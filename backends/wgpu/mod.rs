@@ -8,7 +8,6 @@ pub mod adapter;
 mod cache;
 mod gpu;
 pub mod kernel;
-mod layout;
 mod lower;
 mod memory;
 pub mod peaks;
@@ -24,10 +23,11 @@ use quaver_core::bytes::Bytes;
 use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Op, Plan, Program, Step};
 use quaver_core::{Error, Result, e4m3};
 
+use crate::layout::{self, Layout, Layouts};
+
 use self::cache::Cache;
 use self::gpu::Gpu;
 use self::kernel::{Binding, Kernel};
-use self::layout::{Layout, Layouts};
 pub use self::lower::e4m3_codes;
 use self::memory::Memory;
 use self::pipelines::Pipelines;

@@ -7,6 +7,7 @@ mod bad_models;
 mod bad_requests;
 mod bench;
 mod chat;
+mod cuda;
 mod eval;
 mod generate;
 mod hub;

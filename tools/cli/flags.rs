@@ -5,7 +5,7 @@ use quaver::core::engine::EngineOptions;
 use quaver::core::llama::{KvCache, Profile};
 use quaver::text::StopStrings;
 use quaver::{Llm, LlmOptions, SamplingParams};
-use quaver_backends::{Kind, Spec};
+use quaver_backends::{GPU_MEMORY_UTILIZATION, Kind, Spec};
 
 use super::Usage;
 
@@ -48,9 +48,13 @@ pub struct DeviceFlags {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "QUAVER_THREADS")]
     pub threads: Option<u16>,
     /// Which kernels, where the backend has several; on the cpu avx512-bf16, avx2 or portable, on wgpu portable, subgroup or
-    /// matrix [default: the best].
+    /// matrix, on cuda sm90, sm89 or sm80 [default: the best].
     #[arg(long, value_name = "NAME", env = "QUAVER_VARIANT")]
     pub variant: Option<String>,
+    /// The share of an NVIDIA card's memory that may be used, 0.9 for most of it.
+    #[arg(long, value_name = "SHARE", default_value_t = GPU_MEMORY_UTILIZATION, value_parser = share,
+          env = "QUAVER_GPU_MEMORY_UTILIZATION")]
+    pub gpu_memory_utilization: f64,
 }
 
 /// `--kv-cache-dtype`.
@@ -108,7 +112,9 @@ impl DeviceFlags {
     /// The device that the flags name.
     pub fn spec(&self) -> Spec {
         let threads = self.threads.map(usize::from);
-        Spec { kind: self.backend, device: self.device, threads, variant: self.variant.clone() }
+        let gpu_memory_utilization = Some(self.gpu_memory_utilization);
+        let variant = self.variant.clone();
+        Spec { kind: self.backend, device: self.device, threads, variant, gpu_memory_utilization }
     }
 }
 
@@ -210,6 +216,11 @@ pub fn kind(name: &str) -> Result<Kind, String> {
         let names: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
         format!("this build has the backends {}", names.join(", "))
     })
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "a share is expected, above 0 and at most 1, such as 0.9".into())
 }
 
 /// Bytes as a user writes them: `4G`, `512M`, `1.5GiB`, `1000000`.

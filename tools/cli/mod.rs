@@ -10,6 +10,7 @@ mod eval;
 mod flags;
 mod generate;
 mod inspect;
+mod kernels;
 mod parity;
 mod quantize;
 mod save;
@@ -54,6 +55,8 @@ enum Command {
     Devices(devices::Args),
     /// Measure a model's speed, beside what the machine can do.
     Bench(bench::Args),
+    /// Compile the CUDA kernels ahead of time.
+    Kernels(kernels::Args),
     /// Hold this machine's devices against the reference, op by op and with a model.
     Parity(parity::Args),
     /// Make an FP8 checkpoint of a bf16, f16 or f32 one.
@@ -93,6 +96,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Kernels(args) => kernels::run(args),
         Command::Parity(args) => parity::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Eval(args) => eval::run(args),

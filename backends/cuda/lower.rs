@@ -1,0 +1,301 @@
+//! From ops to kernels: which entry point, which arguments, how many blocks.
+
+use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, Weight};
+
+use super::kernel::{Arg, Kernel, code};
+use super::tuning::{GEMV_ROWS, Tuning, Variant};
+use crate::layout::{Layout, Layouts};
+
+/// Query heads times rows of an attention tile, positions that it takes at a time, and the most elements that a head may
+/// have (`attend.cu`).
+const QUERIES: u32 = 16;
+const CHUNK: u32 = 32;
+const MOST_DIM: usize = 256;
+/// The same of a tile on tensor cores (`sm80_attend.cu`).
+const MMA_QUERIES: u32 = 64;
+
+/// Blocks along the second and third dimension of a grid (CUDA C++ Programming Guide, "Technical Specifications").
+const MOST_BLOCKS: u32 = 65535;
+
+/// The kernels of an op, or why it cannot be run.
+pub fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>, String> {
+    let lower = Lower { program, layouts, tuning };
+    // Kernels read and write rows as vectors, which a single column of f32 is not (`layout.rs`).
+    let rows = match *op {
+        Op::RmsNorm { x, out, .. } | Op::Quantize { x, out } => vec![x, out.bufs()[0]],
+        Op::Gather { x, out, .. } => vec![x, out],
+        Op::SwiGlu { out, .. } | Op::Attend { out, .. } => vec![out.bufs()[0]],
+        Op::Linear { x, .. } => vec![x.bufs()[0]],
+        Op::Embed { out: x, .. } | Op::AbsMax { x, .. } => vec![x],
+        Op::RopeAppend { .. } | Op::Sample { .. } | Op::CopyPages { .. } => Vec::new(),
+    };
+    if rows.into_iter().any(|buf| lower.cols(buf) == 1) {
+        return Err("rows of a single column".into());
+    }
+    let kernels = lower.op(op)?;
+    if let Some(blocks) = kernels.iter().flat_map(|kernel| &kernel.grid[1..]).find(|blocks| **blocks > MOST_BLOCKS) {
+        return Err(format!("{blocks} blocks along one dimension; at most {MOST_BLOCKS}: lower the rows of a step"));
+    }
+    Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
+}
+
+struct Lower<'a> {
+    program: &'a Program,
+    layouts: &'a Layouts,
+    tuning: &'a Tuning,
+}
+
+/// What a Linear reads and writes, taken apart.
+struct Operands {
+    x: Buf,
+    w: Buf,
+    m: u32,
+    n: u32,
+    /// Elements a row of x and w, padded.
+    k: u32,
+    /// The arguments that every Linear ends with.
+    epilogue: Vec<Arg>,
+}
+
+impl Lower<'_> {
+    fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
+        let live = Arg::Buf(self.program.live);
+        Ok(match *op {
+            Op::Embed { ids, table, out } => {
+                let args = [live, Arg::Buf(ids), Arg::Buf(table), self.code(table), Arg::Buf(out), self.columns(out)];
+                vec![Kernel::new("embed", [self.rows(out), 1, 1], 256, args)]
+            }
+            Op::RmsNorm { x, gamma, eps, out } => {
+                vec![self.rows_kernel("rms_norm", x, out, &[Arg::Buf(x), Arg::Buf(gamma), Arg::F32(eps)])]
+            }
+            Op::Quantize { x, out } => vec![self.rows_kernel("quantize", x, out, &[Arg::Buf(x)])],
+            Op::Linear { x, w, out, add } => vec![self.linear(x, w, out, add)],
+            Op::RopeAppend { qkv, rope, rows, heads, q, kv } => vec![self.rope_append(qkv, rope, rows, heads, q, kv)],
+            Op::Attend { q, rows, heads, kv, out } => self.attend(q, rows, heads, kv, out)?,
+            Op::SwiGlu { gate_up, out } => {
+                vec![self.rows_kernel("swiglu", gate_up, out, &[Arg::Buf(gate_up), self.code(gate_up)])]
+            }
+            Op::Gather { x, wanted, out } => {
+                let args = [live, Arg::Buf(wanted), Arg::Buf(x), Arg::Buf(out), self.columns(out)];
+                vec![Kernel::new("gather", [self.rows(out), 1, 1], 256, args)]
+            }
+            Op::Sample { logits, params, history, out } => {
+                let bufs = [logits, params, history, out].map(Arg::Buf);
+                let args = [&[live], &bufs[..], &[self.columns(logits), self.stride(logits)]].concat();
+                vec![Kernel::new("sample", [self.rows(out), 1, 1], 1024, args)]
+            }
+            Op::CopyPages { kv, page_rows, pairs } => {
+                let vectors = (page_rows * self.layout(kv.k).stride / 16) as u32;
+                let count = self.layouts.desc(pairs).rows.capacity() as u32;
+                let copy = |cache| {
+                    let args = [Arg::Buf(cache), Arg::Buf(pairs), Arg::U32(vectors), Arg::U32(count)];
+                    Kernel::new("copy_pages", [vectors.div_ceil(256), 1, 1], 256, args)
+                };
+                vec![copy(kv.k), copy(kv.v)]
+            }
+            Op::AbsMax { x, out } => {
+                let args = [live, self.axis(x), Arg::Buf(x), Arg::Buf(out), self.columns(x)];
+                vec![Kernel::new("abs_max", [self.rows(x), 1, 1], 256, args)]
+            }
+        })
+    }
+
+    fn layout(&self, buf: Buf) -> &Layout {
+        self.layouts.get(buf)
+    }
+
+    fn cols(&self, buf: Buf) -> u32 {
+        self.layouts.desc(buf).cols as u32
+    }
+
+    fn columns(&self, buf: Buf) -> Arg {
+        Arg::U32(self.cols(buf))
+    }
+
+    /// Elements from one row to the next.
+    fn stride(&self, buf: Buf) -> Arg {
+        let layout = self.layout(buf);
+        Arg::U32((layout.stride / layout.desc.dtype.size()) as u32)
+    }
+
+    fn code(&self, buf: Buf) -> Arg {
+        Arg::U32(code(self.layouts.desc(buf).dtype))
+    }
+
+    /// Rows of an operand that the program touches.
+    fn rows(&self, buf: Buf) -> u32 {
+        self.program.extent(self.layouts.desc(buf).rows) as u32
+    }
+
+    /// The word of `live` that counts an operand's rows.
+    fn axis(&self, buf: Buf) -> Arg {
+        Arg::U32(u32::from(matches!(self.layouts.desc(buf).rows, Extent::Wanted(_))))
+    }
+
+    /// A kernel of a block a row that writes activations (`act.cuh`); `x` has as many rows.
+    fn rows_kernel(&self, file: &'static str, x: Buf, out: Act, args: &[Arg]) -> Kernel {
+        let (data, inv, scale) = match out {
+            Act::Real(data) => (data, 1.0, Arg::Null),
+            Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.inv, Arg::Null),
+            Act::Fp8 { codes, scale: Scale::PerToken(scale) } => (codes, 1.0, Arg::Buf(scale)),
+        };
+        let live = Arg::Buf(self.program.live);
+        let act = [live, self.axis(x), Arg::Buf(data), scale, Arg::F32(inv), self.code(data), self.columns(data)];
+        Kernel::new(file, [self.rows(data), 1, 1], 256, [&act[..], args].concat())
+    }
+
+    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool) -> Kernel {
+        let (x, static_scale, token_scales) = match x {
+            Act::Real(data) => (data, 1.0, Arg::Null),
+            Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.scale, Arg::Null),
+            Act::Fp8 { codes, scale: Scale::PerToken(scale) } => (codes, 1.0, Arg::Buf(scale)),
+        };
+        let (w, w_scales) = match w {
+            Weight::Real(weight) => (weight, Arg::Null),
+            Weight::Fp8 { codes, scale } => (codes, Arg::Buf(scale)),
+        };
+        let epilogue = vec![
+            Arg::Buf(out.buf),
+            self.code(out.buf),
+            self.stride(out.buf),
+            Arg::U32(out.first as u32),
+            Arg::U32(u32::from(add)),
+            Arg::F32(static_scale),
+            token_scales,
+            w_scales,
+        ];
+        let (weight, m) = (self.layout(w), self.rows(out.buf));
+        let k = (weight.stride / weight.desc.dtype.size()) as u32;
+        let operands = Operands { x, w, m, n: weight.desc.rows.capacity() as u32, k, epilogue };
+        let dtypes = [x, w].map(|buf| self.layouts.desc(buf).dtype);
+        match (dtypes, self.tuning.variant) {
+            _ if m <= GEMV_ROWS => self.gemv(operands),
+            ([DType::E4m3, DType::E4m3], Variant::Sm90) => self.wgmma(operands),
+            ([DType::E4m3, DType::E4m3], Variant::Sm89) => self.mma("sm89_linear_e4m3", "sm89_linear_e4m3", operands),
+            ([DType::E4m3, DType::E4m3], Variant::Sm80) => self.mma("sm80_linear", "sm80_linear_e4m3", operands),
+            ([DType::Bf16, DType::Bf16], _) => self.mma("sm80_linear", "sm80_linear_bf16", operands),
+            _ => self.simt(operands),
+        }
+    }
+
+    /// `mma.sync`: operands of one type (`linear_mma.cuh`).
+    fn mma(&self, file: &'static str, entry: &str, Operands { x, w, m, n, epilogue, .. }: Operands) -> Kernel {
+        let (tile, threads) = if m <= 64 { (64, 128) } else { (128, 256) };
+        let row_bytes = Arg::U32(self.layout(w).stride as u32);
+        let args = [Arg::Buf(self.program.live), self.axis(x), Arg::Buf(x), Arg::Buf(w), Arg::U32(n), row_bytes];
+        let grid = [n.div_ceil(tile), m.div_ceil(tile), 1];
+        let kernel = Kernel::new(file, grid, threads, [&args[..], &epilogue].concat());
+        Kernel { entry: format!("{entry}_{tile}"), shared: 4 * 2 * tile * 80, ..kernel }
+    }
+
+    /// `wgmma`: E4M3 operands (`sm90_linear_e4m3.cu`).
+    fn wgmma(&self, Operands { x, w, m, n, k, epilogue }: Operands) -> Kernel {
+        let tile = if m <= 64 { 64 } else { 128 };
+        let (xs, ws) = (Arg::Boxes { buf: x, rows: tile }, Arg::Boxes { buf: w, rows: 128 });
+        let args = [Arg::Buf(self.program.live), self.axis(x), xs, ws, Arg::U32(n), Arg::U32(k)];
+        let grid = [n.div_ceil(128), m.div_ceil(tile), 1];
+        let kernel = Kernel::new("sm90_linear_e4m3", grid, 2 * tile + 128, [&args[..], &epilogue].concat());
+        Kernel { entry: format!("sm90_linear_e4m3_{tile}"), shared: 4 * 128 * (tile + 128), ..kernel }
+    }
+
+    /// A warp a channel, for few rows.
+    fn gemv(&self, Operands { x, w, m, n, k, epilogue }: Operands) -> Kernel {
+        let name = |buf: Buf| match self.layouts.desc(buf).dtype {
+            DType::Bf16 => "bf16",
+            DType::E4m3 => "e4m3",
+            _ => "f32",
+        };
+        let rows = m.next_power_of_two();
+        let args = [Arg::Buf(self.program.live), self.axis(x), Arg::Buf(x), Arg::Buf(w), Arg::U32(n), Arg::U32(k)];
+        let kernel =
+            Kernel::new("linear_gemv", [n.div_ceil(8), m.div_ceil(rows), 1], 256, [&args[..], &epilogue].concat());
+        Kernel { entry: format!("linear_gemv_{}_{}_{rows}", name(x), name(w)), ..kernel }
+    }
+
+    /// Any pair of element types, without tensor cores.
+    fn simt(&self, Operands { x, w, m, n, k, epilogue }: Operands) -> Kernel {
+        let live = Arg::Buf(self.program.live);
+        let (n_arg, k_arg) = (Arg::U32(n), Arg::U32(k));
+        let args = [live, self.axis(x), Arg::Buf(x), self.code(x), Arg::Buf(w), self.code(w), n_arg, k_arg];
+        Kernel::new("linear", [n.div_ceil(64), m.div_ceil(64), 1], 256, [&args[..], &epilogue].concat())
+    }
+
+    fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
+        let [k_inv, v_inv] = kv.scales.map_or([1.0; 2], |(k, v)| [k.inv, v.inv]).map(Arg::F32);
+        let [q_heads, kv_heads, dim, page] = [heads.q, heads.kv, heads.dim, kv.page_tokens].map(|n| Arg::U32(n as u32));
+        let args = vec![
+            Arg::Buf(self.program.live),
+            Arg::Buf(qkv),
+            self.code(qkv),
+            Arg::Buf(rope),
+            Arg::Buf(rows.seq),
+            Arg::Buf(rows.position),
+            Arg::Buf(rows.page_table),
+            self.columns(rows.page_table),
+            Arg::Buf(q),
+            Arg::Buf(kv.k),
+            Arg::Buf(kv.v),
+            self.code(kv.k),
+            q_heads,
+            kv_heads,
+            dim,
+            page,
+            k_inv,
+            v_inv,
+        ];
+        Kernel::new("rope_append", [self.rows(q), 1, 1], 256, args)
+    }
+
+    fn attend(&self, q: Buf, rows: Rows, heads: Heads, kv: Kv, out: Act) -> Result<Vec<Kernel>, String> {
+        let Heads { q: q_heads, kv: kv_heads, dim } = heads;
+        let (group, m) = ((q_heads / kv_heads) as u32, self.rows(q));
+        let cache = self.layouts.desc(kv.k).dtype;
+        // Tensor cores want tiles of many rows, and bf16.
+        let is_mma = m > GEMV_ROWS
+            && self.layouts.desc(q).dtype == DType::Bf16
+            && cache != DType::F32
+            && matches!(dim, 64 | 128)
+            && MMA_QUERIES.is_multiple_of(group);
+        let queries = if is_mma { MMA_QUERIES } else { QUERIES };
+        if dim > MOST_DIM || group > queries {
+            return Err(format!(
+                "heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {QUERIES} are supported"
+            ));
+        }
+        let tile = queries / group;
+        let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
+        let tiles = (m + spans * (tile - 1)) / tile;
+        let context = self.cols(rows.page_table) * kv.page_tokens as u32;
+        let splits = self.tuning.splits(tiles * kv_heads as u32, context);
+        let parts = Arg::Scratch(4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64);
+        let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
+        let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
+        let args = vec![
+            Arg::Buf(self.program.live),
+            Arg::Buf(q),
+            self.code(q),
+            Arg::Buf(kv.k),
+            Arg::Buf(kv.v),
+            self.code(kv.k),
+            Arg::Buf(rows.page_table),
+            self.columns(rows.page_table),
+            Arg::Buf(rows.spans),
+            parts,
+            Arg::U32(group),
+            Arg::U32(kv_heads as u32),
+            Arg::U32(dim as u32),
+            Arg::U32(kv.page_tokens as u32),
+            Arg::F32(factor),
+        ];
+        let (width, grid) = (dim.next_multiple_of(16) as u32, [tiles, kv_heads as u32, splits]);
+        let attend = if is_mma {
+            let shared = 3 * MMA_QUERIES * (2 * width + 16);
+            Kernel { entry: format!("sm80_attend_{dim}"), shared, ..Kernel::new("sm80_attend", grid, 128, args) }
+        } else {
+            let shared = 4 * (QUERIES * width + CHUNK * (width + 4) + CHUNK * width + QUERIES * CHUNK);
+            Kernel { shared, ..Kernel::new("attend", grid, 128, args) }
+        };
+        let merge = [parts, Arg::U32(dim as u32), Arg::U32(splits), Arg::F32(v_scale)];
+        Ok(vec![attend, self.rows_kernel("attend_merge", q, out, &merge)])
+    }
+}

@@ -1,0 +1,190 @@
+//! The CUDA backend: every op in CUDA C++ (`kernels/`), on NVIDIA cards from Ampere on; FP8 runs on the tensor cores of
+//! Ada and Hopper.
+//!
+//! `record` lowers ops to kernels (`lower.rs`) and these to launches on a [`Device`]: a card, where they become one CUDA
+//! graph, or the emulator, which runs the same sources on the CPU for tests.
+
+mod cache;
+pub mod card;
+pub mod compiler;
+mod device;
+mod emulated;
+mod kernel;
+mod lower;
+mod memory;
+mod sys;
+mod tuning;
+
+use quaver_core::bytes::Bytes;
+use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Op, Plan, Program, Step};
+use quaver_core::{Error, Result};
+
+use self::card::Card;
+pub use self::compiler::kernels_for;
+use self::device::{Device, Launch, Matrix, Value};
+use self::emulated::Emulator;
+use self::kernel::{Arg, Kernel};
+use self::memory::{Memory, error};
+pub use self::sys::Properties;
+use self::tuning::Tuning;
+pub use self::tuning::Variant;
+pub use quaver_kernels::{KERNELS, Kernel as Source};
+
+/// Schedules of the emulator: each way to order threads with asynchronous work done early and late, and random orders.
+pub const SCHEDULES: usize = 16;
+
+/// A device that runs CUDA kernels.
+pub struct Cuda {
+    device: Box<dyn Device>,
+    tuning: Tuning,
+    memory: Memory,
+    /// Between two kernels of one op, shared by the plans that it was large enough for; (address, bytes) of the last one,
+    /// which is the largest.
+    scratch: (u64, u64),
+    plans: Vec<Recorded>,
+    steps: u64,
+}
+
+/// A program on the device.
+struct Recorded {
+    plan: usize,
+    live: Buf,
+    /// Rows, wanted rows and spans, at most.
+    most: [u32; 3],
+}
+
+impl Cuda {
+    fn new(device: Box<dyn Device>, tuning: Tuning) -> Self {
+        Cuda { device, tuning, memory: Memory::default(), scratch: (0, 0), plans: Vec::new(), steps: 0 }
+    }
+
+    /// Opens a card of [`card::all`] with a variant of the kernels by its name, the best where None, and may use a share of
+    /// its memory.
+    pub fn open(index: usize, properties: &Properties, variant: Option<&str>, share: f64) -> Result<Self> {
+        let variants = card::variants(properties);
+        let variant = match variant {
+            None => variants[0],
+            Some(name) => *variants.iter().find(|variant| variant.name() == name).ok_or_else(|| {
+                let names: Vec<_> = variants.iter().map(|variant| variant.name()).collect();
+                Error::device("cuda", format!("there is no variant {name}; this card runs {}", names.join(", ")))
+            })?,
+        };
+        let (card, tuning) = Card::open(index, properties, variant, share)?;
+        Ok(Cuda::new(Box::new(card), tuning))
+    }
+
+    /// The emulator with the kernels of a variant, run under a schedule, one of [`SCHEDULES`].
+    ///
+    /// # Errors
+    /// Where the machine has no C++ compiler.
+    pub fn emulated(variant: Variant, schedule: usize) -> Result<Self> {
+        let kernels: Vec<_> = KERNELS.iter().map(|kernel| (kernel.name, kernel.source.to_owned())).collect();
+        Self::emulated_with(&kernels, variant, schedule)
+    }
+
+    /// The emulator with these kernels alone, (name, source): for tests that change one.
+    pub fn emulated_with(kernels: &[(&str, String)], variant: Variant, schedule: usize) -> Result<Self> {
+        // Few, so that tests see contexts in one part and in several.
+        let tuning = Tuning { variant, processors: 8 };
+        let emulator = Emulator::start(&emulated::build(kernels)?, variant.name(), schedule as u64)?;
+        Ok(Cuda::new(Box::new(emulator), tuning))
+    }
+
+    fn launch(&mut self, kernel: Kernel) -> Result<Launch> {
+        let Kernel { file, entry, grid, threads, shared, args } = kernel;
+        let args = args.into_iter().map(|arg| self.value(arg)).collect::<Result<_>>()?;
+        Ok(Launch { file, entry, grid, threads, shared, args })
+    }
+
+    fn value(&mut self, arg: Arg) -> Result<Value> {
+        Ok(Value::Word(match arg {
+            Arg::Buf(buf) => self.memory.address(buf),
+            Arg::Scratch(bytes) => self.scratch(bytes)?,
+            Arg::Null => 0,
+            Arg::U32(word) => u64::from(word),
+            Arg::F32(number) => u64::from(number.to_bits()),
+            Arg::Boxes { buf, rows } => {
+                let layout = self.memory.layouts.get(buf);
+                let (width, all) = (layout.stride as u64, layout.desc.rows.capacity() as u64);
+                let matrix = Matrix { address: self.memory.address(buf), width, rows: all, box_rows: rows };
+                return Ok(Value::Map(self.device.map(&matrix)?));
+            }
+        }))
+    }
+
+    /// Scratch of at least so many bytes.
+    fn scratch(&mut self, bytes: u64) -> Result<u64> {
+        if self.scratch.1 < bytes {
+            self.scratch = (self.device.alloc("scratch", bytes)?, bytes);
+        }
+        Ok(self.scratch.0)
+    }
+}
+
+impl Backend for Cuda {
+    fn describe(&self) -> DeviceInfo {
+        self.device.info().clone()
+    }
+
+    fn supports(&self, _op: &Op) -> Result<()> {
+        Ok(())
+    }
+
+    fn budget(&self) -> Option<u64> {
+        self.device.budget()
+    }
+
+    fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
+        self.memory.alloc(&mut *self.device, desc, false)
+    }
+
+    fn load(&mut self, desc: &BufDesc, parts: &[Bytes]) -> Result<Buf> {
+        self.memory.load(&mut *self.device, desc, parts)
+    }
+
+    fn write(&mut self, dst: Buf, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.memory.write(&mut *self.device, dst, offset, bytes)
+    }
+
+    fn record(&mut self, program: &Program) -> Result<Plan> {
+        program.check(|buf| self.memory.layouts.find(buf).map(|layout| &layout.desc))?;
+        let mut launches = Vec::new();
+        for (i, line) in program.lines.iter().enumerate() {
+            if let Some(&buf) = line.op.writes().iter().find(|&&buf| self.memory.is_constant(buf)) {
+                let why = format!("{} is a constant", self.memory.layouts.desc(buf).name);
+                return Err(Error::Program { line: i, op: line.label.clone(), why });
+            }
+            let unsupported = |why| Error::Unsupported { backend: "cuda".into(), op: line.label.clone(), why };
+            let kernels = lower::lower(&line.op, program, &self.memory.layouts, &self.tuning).map_err(unsupported)?;
+            for kernel in kernels {
+                launches.push(self.launch(kernel)?);
+            }
+        }
+        let spans = program.lines.iter().filter_map(|line| match line.op {
+            Op::Attend { rows, .. } => Some(self.memory.layouts.desc(rows.spans).rows.capacity() as u32),
+            _ => None,
+        });
+        let most = [program.rows as u32, program.wanted as u32, spans.min().unwrap_or(u32::MAX)];
+        let plan = self.device.prepare(launches)?;
+        self.plans.push(Recorded { plan, live: program.live, most });
+        Ok(Plan(self.plans.len() as u32 - 1))
+    }
+
+    fn run(&mut self, plan: Plan) -> Result<Step> {
+        let Some(Recorded { plan, live, most }) = self.plans.get(plan.0 as usize) else {
+            return Err(error(&*self.device, format!("there is no plan {}", plan.0)));
+        };
+        let live = self.memory.live(*live);
+        if live.iter().zip(most).any(|(live, most)| live > most) {
+            let why = format!("a step of {live:?} rows, wanted ones and spans, in a program of {most:?}");
+            return Err(error(&*self.device, why));
+        }
+        self.device.run(*plan)?;
+        self.steps += 1;
+        Ok(Step(self.steps))
+    }
+
+    fn read(&mut self, _after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
+        self.memory.read(&mut *self.device, src, offset, into)
+    }
+}

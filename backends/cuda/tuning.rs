@@ -1,0 +1,56 @@
+//! The one place where kernels are chosen for a device.
+
+use quaver_core::{Error, Result};
+
+/// Which instructions a device has, as far as kernels differ by them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Variant {
+    /// Ampere: products of bf16; FP8 is decoded to it, exactly.
+    Sm80,
+    /// Ada and newer: `mma.sync` on E4M3.
+    Sm89,
+    /// Hopper: `wgmma` on E4M3.
+    Sm90,
+}
+
+impl Variant {
+    /// All of them, the newest first.
+    pub const ALL: [Variant; 3] = [Variant::Sm90, Variant::Sm89, Variant::Sm80];
+
+    /// What it is called in a [`Spec`](crate::Spec).
+    pub const fn name(self) -> &'static str {
+        match self {
+            Variant::Sm80 => "sm80",
+            Variant::Sm89 => "sm89",
+            Variant::Sm90 => "sm90",
+        }
+    }
+
+    /// By its name; the newest where there is none.
+    pub fn parse(backend: &'static str, name: Option<&str>) -> Result<Self> {
+        let Some(name) = name else { return Ok(Variant::ALL[0]) };
+        Variant::ALL.into_iter().find(|variant| variant.name() == name).ok_or_else(|| {
+            let names = Variant::ALL.map(Variant::name).join(", ");
+            Error::device(backend, format!("there is no variant {name}; there are {names}"))
+        })
+    }
+}
+
+/// How kernels are chosen and cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    pub variant: Variant,
+    /// Multiprocessors.
+    pub processors: u32,
+}
+
+/// Rows up to which a Linear streams its weights through registers.
+pub const GEMV_ROWS: u32 = 8;
+
+impl Tuning {
+    /// Parts that each row's context of at most `context` positions is split into, where there are so many blocks
+    /// without: enough for two blocks a multiprocessor, and no part shorter than 256 positions.
+    pub fn splits(&self, blocks: u32, context: u32) -> u32 {
+        (2 * self.processors / blocks.max(1)).min(context.div_ceil(256)).clamp(1, 64)
+    }
+}

@@ -1,0 +1,47 @@
+// rope_append: rotates q and k of qkv[m, (q_heads + 2 kv_heads) dim] by their positions, halves of a head against each
+// other; writes q[m, q_heads dim], appends k and v to their pages. Reference: reference::rope_append
+// grid (m), a block a row; a thread writes four elements of a head.
+
+KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, const float* rope, const u32* seq,
+                           const u32* position, const u32* page_table, u32 pages, void* q, void* k, void* v, u32 cache,
+                           u32 q_heads, u32 kv_heads, u32 dim, u32 page_tokens, float k_inv, float v_inv) {
+  u32 row = blockIdx.x;
+  if (row >= live[0]) return;
+  u32 at = position[row], half = dim / 2, groups = (dim + 3) / 4;
+  u32 page = page_table[(size_t)seq[row] * pages + at / page_tokens];
+  size_t from = (size_t)row * padded((q_heads + 2 * kv_heads) * dim);
+  const float* angle = rope + (size_t)at * padded(dim);
+  for (u32 task = threadIdx.x; task < (q_heads + 2 * kv_heads) * groups; task += blockDim.x) {
+    u32 head = task / groups, first = task % groups * 4;
+    bool is_rotated = head < q_heads + kv_heads;
+    Four y;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      u32 d = first + i;
+      y.x[i] = 0.0f;
+      if (d < dim) {
+        size_t own = from + head * dim + d;
+        float x = load1(qkv, in, own);
+        if (is_rotated) {
+          u32 pair = d % half;
+          float other = load1(qkv, in, d < half ? own + half : own - half);
+          float turned = other * angle[pair + half];
+          x = x * angle[pair] + (d < half ? -turned : turned);
+        }
+        y.x[i] = x;
+      }
+    }
+    if (head < q_heads) {
+      for (u32 i = 0; i < 4; i++) {
+        if (first + i < dim) store1(q, in, (size_t)row * padded(q_heads * dim) + head * dim + first + i, y.x[i]);
+      }
+    } else {
+      bool is_k = is_rotated;
+      u32 kv_head = head - q_heads - (is_k ? 0 : kv_heads);
+      size_t slot = kv_row(page, kv_head, at, kv_heads, page_tokens) * padded(dim);
+      for (int i = 0; i < 4 && cache == E4M3; i++) y.x[i] *= is_k ? k_inv : v_inv;
+      store4(is_k ? k : v, cache, slot + first, y);
+    }
+  }
+}
+ENTRY(rope_append)

@@ -1,0 +1,139 @@
+//! The CUDA kernels without a card: every one compiles for every target as it should, gives the same under every schedule
+//! of the emulator, and the emulator finds races that are planted in them.
+//!
+//! What is `ignored` needs NVRTC and nvdisasm, in the folders that `QUAVER_NVRTC` and `PATH` name: `check.sh` installs
+//! both, and runs it.
+
+use std::process::Command;
+
+use quaver::parity::{self, Case, DEFAULT_SEED};
+use quaver_backends::cuda::compiler::{Compiler, Entry};
+use quaver_backends::cuda::{Cuda, KERNELS, SCHEDULES, Variant, kernels_for};
+
+/// What cards of each kind are compiled for, and PTX for those that are newer.
+const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_89", "sm_90a", "compute_89"];
+
+#[test]
+#[ignore = "needs NVRTC"]
+fn every_kernel_compiles_for_every_target_without_spills() {
+    println!("{:<12}{:<28}{:>10}{:>8}{:>8}{:>8}", "target", "kernel", "registers", "spills", "stack", "shared");
+    for architecture in ARCHITECTURES {
+        let compiler = Compiler::new(architecture);
+        for kernel in kernels_for(architecture).unwrap() {
+            let (image, entries) = compiler.compile(kernel).unwrap();
+            assert!(!image.is_empty(), "{architecture} {}", kernel.name);
+            if architecture.starts_with("compute") {
+                continue;
+            }
+            assert!(!entries.is_empty(), "{architecture} {}: the assembler says nothing", kernel.name);
+            for Entry { name, registers, spills, stack, shared } in entries {
+                println!("{architecture:<12}{name:<28}{registers:>10}{spills:>8}{stack:>8}{shared:>8}");
+                assert_eq!((spills, stack), (0, 0), "{architecture} {name} keeps values in local memory");
+            }
+        }
+    }
+}
+
+/// How often an instruction, any of whose names begins so, stands in a kernel's machine code.
+fn instructions(architecture: &str, kernel: &str, names: &[&str]) -> usize {
+    let kernel = KERNELS.iter().find(|own| own.name == kernel).unwrap();
+    let built = Compiler::new(architecture).build(kernel).unwrap();
+    let output = Command::new("nvdisasm").arg("-c").arg(built.path).output().expect("nvdisasm is on the PATH");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let code = String::from_utf8(output.stdout).unwrap();
+    let words = code.split(|c: char| !c.is_ascii_alphanumeric());
+    words.filter(|word| names.contains(word)).count()
+}
+
+#[test]
+#[ignore = "needs NVRTC and nvdisasm"]
+fn fp8_products_are_the_tensor_cores_own() {
+    assert!(instructions("sm_89", "sm89_linear_e4m3", &["QMMA"]) > 0);
+    assert!(instructions("sm_90a", "sm90_linear_e4m3", &["QGMMA"]) > 0);
+    // On Hopper mma.sync is emulated: a control that the names mean what they say.
+    assert_eq!(instructions("sm_90a", "sm89_linear_e4m3", &["QMMA", "QGMMA"]), 0);
+    assert!(instructions("sm_80", "sm80_linear", &["HMMA"]) > 0);
+}
+
+#[test]
+#[ignore = "needs NVRTC and nvdisasm"]
+fn no_kernel_touches_local_memory() {
+    for architecture in ARCHITECTURES.into_iter().filter(|architecture| architecture.starts_with("sm")) {
+        for kernel in kernels_for(architecture).unwrap() {
+            assert_eq!(instructions(architecture, kernel.name, &["LDL", "STL"]), 0, "{architecture} {}", kernel.name);
+        }
+    }
+}
+
+fn case(name: &str) -> Case {
+    parity::cases(DEFAULT_SEED).into_iter().find(|case| case.name == name).unwrap_or_else(|| panic!("no case {name}"))
+}
+
+/// What is wrong with a case on a device, where anything is.
+fn fault(case: &Case, device: quaver::Result<Cuda>) -> Option<String> {
+    match device.and_then(|mut device| parity::run(case, &mut device)) {
+        Ok(outcome) => (!outcome.passed).then_some(outcome.detail),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+#[test]
+fn kernels_are_right_under_every_schedule() {
+    for (variant, name) in [
+        (Variant::Sm80, "quantize::fp8_per_token_m17_k2048"),
+        (Variant::Sm80, "rms_norm::fp8_per_token_m17_d2048"),
+        (Variant::Sm80, "linear::f32_x_f32_m17_n49_k256"),
+        (Variant::Sm80, "linear::fp8_static_x_fp8_m17_n49_k256"),
+        (Variant::Sm89, "linear::fp8_per_token_m130_n33_k256"),
+        (Variant::Sm90, "linear::fp8_static_m17_n48_k2048"),
+        (Variant::Sm90, "linear::fp8_per_token_m130_n33_k256"),
+        (Variant::Sm80, "attend::f32_over_fp8_to_fp8_static_mixed_gqa4"),
+        (Variant::Sm80, "abs_max::m17_k2048"),
+    ] {
+        for schedule in 0..SCHEDULES {
+            let found = fault(&case(name), Cuda::emulated(variant, schedule));
+            assert_eq!(found, None, "{name} on {variant:?} under schedule {schedule}");
+        }
+    }
+}
+
+/// A kernel, a case that runs it, and what is left out of it or put in its place.
+const PLANTED: [(&str, Variant, &str, &str, &str); 11] = [
+    ("quantize", Variant::Sm80, "quantize::fp8_per_token_m17_k2048", "= x;\n  __syncthreads();", "= x;"),
+    ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "at);\n    __syncthreads();", "at);"),
+    ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "}\n    __syncthreads();", "}"),
+    ("sm89_linear_e4m3", Variant::Sm89, SHORT, "copy_wait<STAGES - 2>();", ""),
+    ("sm89_linear_e4m3", Variant::Sm89, SHORT, "__syncthreads();\n    fetch", "fetch"),
+    ("sm90_linear_e4m3", Variant::Sm90, LONG, "barrier_wait(&full[slot], s / STAGES % 2);", ""),
+    ("sm90_linear_e4m3", Variant::Sm90, LONG, "barrier_wait(&empty[slot], s / STAGES % 2 ^ 1);", ""),
+    ("sm90_linear_e4m3", Variant::Sm90, LONG, "% 2 ^ 1", "% 2"),
+    (
+        "sm90_linear_e4m3",
+        Variant::Sm90,
+        LONG,
+        "barrier_arrive_expecting(&full[slot], X + W)",
+        "barrier_arrive_expecting(&full[slot], X)",
+    ),
+    ("sm90_linear_e4m3", Variant::Sm90, LONG, "wgmma_wait<0>();", ""),
+    ("attend", Variant::Sm80, "attend::decode_m3_ctx129_gqa4", "__syncwarp();", ""),
+];
+const SHORT: &str = "linear::fp8_static_x_fp8_m17_n49_k256";
+const LONG: &str = "linear::fp8_static_m17_n48_k2048";
+
+#[test]
+fn planted_races_are_caught() {
+    for (name, variant, run, from, to) in PLANTED {
+        let source = KERNELS.iter().find(|kernel| kernel.name == name).unwrap().source;
+        assert!(source.contains(from), "{name} has no {from:?} any more");
+        // `attend` ends in another kernel.
+        let mut kernels = vec![(name, source.replacen(from, to, 1))];
+        kernels
+            .extend(KERNELS.iter().filter(|own| own.name == "attend_merge").map(|own| (own.name, own.source.into())));
+        let case = case(run);
+        let caught = (0..SCHEDULES).find_map(|schedule| {
+            fault(&case, Cuda::emulated_with(&kernels, variant, schedule)).map(|why| (schedule, why))
+        });
+        let (schedule, why) = caught.unwrap_or_else(|| panic!("{name} without {from:?} passes every schedule"));
+        println!("{name} without {from:?}: schedule {schedule}: {why}");
+    }
+}
