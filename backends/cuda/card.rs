@@ -87,7 +87,8 @@ impl Card {
         let compiler = Compiler::for_card(properties.capability, driver)?;
         let opened = sys::Card::open(card).map_err(fail)?;
         let (free, total) = opened.memory().map_err(fail)?;
-        let budget = free.min((total as f64 * share) as u64);
+        // What others have taken counts.
+        let budget = ((total as f64 * share) as u64).saturating_sub(total - free);
         let tuning = Tuning { variant, processors: properties.processors };
         let (modules, functions) = (HashMap::new(), HashMap::new());
         Ok((Card { info, card: opened, compiler, modules, functions, graphs: Vec::new(), budget }, tuning))

@@ -185,7 +185,12 @@ pub fn nvrtc() -> Option<Nvrtc> {
     let wheels = sites.flat_map(|site| {
         ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cuda_nvrtc/bin"].map(|folder| site.join(folder))
     });
-    let homes: Vec<_> = named.chain(toolkits).chain(wheels).filter_map(|folder| libraries(&folder)).collect();
+    let mut homes: Vec<_> = named.chain(toolkits).chain(wheels).filter_map(|folder| libraries(&folder)).collect();
+    // Of two versions the one whose code the driver runs.
+    if let Some(Ok(driver)) = sys::driver_version() {
+        let major = format!(".so.{}", driver / 1000);
+        homes.sort_by_key(|files| !files.iter().any(|file| file.to_string_lossy().contains(&major)));
+    }
     sys::load_nvrtc(&homes)
 }
 

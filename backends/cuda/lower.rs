@@ -299,3 +299,54 @@ impl Lower<'_> {
         Ok(vec![attend, self.rows_kernel("attend_merge", q, out, &merge)])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use quaver_core::op::{BufDesc, StaticScale};
+
+    use super::*;
+    use crate::cuda::tuning::Variant;
+
+    /// The entry point of a Linear of `m` rows, 256 channels and k = 512.
+    fn linear(variant: Variant, m: usize, x: DType, w: DType) -> String {
+        let mut layouts = Layouts::default();
+        let mut add = |name: &str, dtype, rows, cols| {
+            layouts.push(Layout::new(&BufDesc::new(name, dtype, rows, cols), u64::MAX >> 1))
+        };
+        let live = add("live", DType::U32, Extent::Fixed(1), 3);
+        let (data, out) = (add("x", x, Extent::Rows(m), 512), add("out", DType::F32, Extent::Rows(m), 256));
+        let (codes, scale) = (add("w", w, Extent::Fixed(256), 512), add("scale", DType::F32, Extent::Fixed(256), 1));
+        let op = Op::Linear {
+            x: match x {
+                DType::E4m3 => Act::Fp8 { codes: data, scale: Scale::Static(StaticScale::new(0.5)) },
+                _ => Act::Real(data),
+            },
+            w: if w == DType::E4m3 { Weight::Fp8 { codes, scale } } else { Weight::Real(codes) },
+            out: Cols { buf: out, first: 0 },
+            add: false,
+        };
+        let tuning = Tuning { variant, processors: 132 };
+        let kernels = lower(&op, &Program::new(m, 0, live), &layouts, &tuning).unwrap();
+        assert_eq!(kernels.len(), 1);
+        kernels[0].entry.clone()
+    }
+
+    #[test]
+    fn linears_take_the_tensor_cores_of_each_variant() {
+        use DType::{Bf16, E4m3, F32};
+        for (variant, m, x, w, entry) in [
+            (Variant::Sm90, 1, E4m3, E4m3, "linear_gemv_e4m3_e4m3_1"),
+            (Variant::Sm90, 5, Bf16, Bf16, "linear_gemv_bf16_bf16_8"),
+            (Variant::Sm90, 64, E4m3, E4m3, "sm90_linear_e4m3_64"),
+            (Variant::Sm90, 512, E4m3, E4m3, "sm90_linear_e4m3_128"),
+            (Variant::Sm90, 64, Bf16, Bf16, "sm80_linear_bf16_64"),
+            (Variant::Sm89, 64, E4m3, E4m3, "sm89_linear_e4m3_64"),
+            (Variant::Sm89, 512, E4m3, E4m3, "sm89_linear_e4m3_128"),
+            (Variant::Sm80, 512, E4m3, E4m3, "sm80_linear_e4m3_128"),
+            (Variant::Sm90, 512, F32, Bf16, "linear"),
+            (Variant::Sm90, 512, Bf16, E4m3, "linear"),
+        ] {
+            assert_eq!(linear(variant, m, x, w), entry, "{variant:?}, {m} rows of {x:?} by {w:?}");
+        }
+    }
+}
