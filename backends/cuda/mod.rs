@@ -1,7 +1,7 @@
 //! The CUDA backend: every op in CUDA C++ (`kernels/`), on NVIDIA cards from Ampere on; FP8 runs on the tensor cores of
 //! Ada and Hopper.
 //!
-//! `record` lowers ops to kernels (`lower.rs`) and these to launches on a [`Device`]: a card, where they become one CUDA
+//! `record` lowers ops to kernels (`lower.rs`) and these to launches on a device: a card, where they become one CUDA
 //! graph, or the emulator, which runs the same sources on the CPU for tests.
 
 mod cache;
