@@ -38,6 +38,9 @@ pub struct EngineOptions {
     pub prefix_caching: bool,
     /// Bytes that the KV cache may take, at most; it takes no more than all sequences can fill.
     pub kv_cache_memory: u64,
+    /// Run every step with the largest program, so that a backend whose kernels depend on a program's size gives a
+    /// request the same bits whatever runs beside it. The reference and the cpu do so anyway.
+    pub deterministic: bool,
 }
 
 impl Default for EngineOptions {
@@ -51,6 +54,7 @@ impl Default for EngineOptions {
             max_prompt_tokens_beside: usize::MAX,
             prefix_caching: true,
             kv_cache_memory: 4 << 30,
+            deterministic: false,
         }
     }
 }
@@ -232,6 +236,7 @@ pub struct Engine {
     next_id: u64,
     stats: Stats,
     memory: (u64, u64),
+    deterministic: bool,
 }
 
 impl Engine {
@@ -255,6 +260,7 @@ impl Engine {
             next_id: 0,
             stats: Stats::default(),
             memory: (weights, kv_cache),
+            deterministic: options.deterministic,
             backend,
             llama,
         };
@@ -472,10 +478,11 @@ impl Engine {
     }
 
     /// The plan of a program for at least `rows` rows (0: the head alone) and `wanted` wanted ones. Sizes are rounded up
-    /// to powers of two, so that there are few.
+    /// to powers of two, so that there are few, or to the largest, so that there is one.
     fn plan(&mut self, rows: usize, wanted: usize) -> Result<Plan> {
         let Sizes { rows: max_rows, wanted: max_wanted, .. } = self.llama.sizes;
-        let bucket = |n: usize, max: usize| if n == 0 { 0 } else { n.next_power_of_two().min(max) };
+        let least = |max: usize| if self.deterministic { max } else { 1 };
+        let bucket = |n: usize, max: usize| if n == 0 { 0 } else { n.max(least(max)).next_power_of_two().min(max) };
         let (rows, wanted) = (bucket(rows, max_rows), bucket(wanted, max_wanted));
         if let Some(plan) = self.plans.get(&(rows, wanted)) {
             return Ok(*plan);

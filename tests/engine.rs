@@ -247,6 +247,7 @@ fn options() -> impl Strategy<Value = EngineOptions> {
                 max_prompt_tokens_beside,
                 prefix_caching,
                 kv_cache_memory,
+                deterministic: false,
             }
         },
     )
@@ -275,6 +276,35 @@ proptest! {
         options in options(),
     ) {
         assert_independent(Kind::Reference, &tiny().checkpoint, &requests, &options, 1)?;
+    }
+}
+
+/// Whether requests get the same bits one by one as side by side.
+fn is_independent(spec: &Spec, deterministic: bool) -> bool {
+    let options =
+        EngineOptions { deterministic, max_num_batched_tokens: 16, max_num_seqs: 4, ..EngineOptions::default() };
+    let tiny = Tiny::fp8(Inputs::Dynamic).open();
+    let mut engine = engine_on(&tiny.checkpoint, spec, &options);
+    let request = |i: usize| {
+        let prompt_logprobs = i.is_multiple_of(2).then_some(1);
+        (Random(i as u64 % 2).ids(3 + 6 * i), SamplingParams { prompt_logprobs, ..greedy(2) })
+    };
+    let requests: Vec<_> = (0..4).map(request).collect();
+    let alone: Vec<_> = requests.iter().map(|(prompt, params)| ask(&mut engine, prompt, params).bits()).collect();
+    let ids: Vec<_> = requests.iter().map(|(prompt, params)| engine.submit(prompt, params.clone()).unwrap()).collect();
+    let mut answers = finish(&mut engine);
+    let together: Vec<_> = ids.iter().map(|id| answers.remove(id).unwrap().bits()).collect();
+    together == alone
+}
+
+#[test]
+fn a_request_does_not_depend_on_its_neighbours_on_a_gpu_where_that_is_asked_for() {
+    for spec in quaver_backends::variants().iter().filter(|spec| spec.kind == Kind::Wgpu) {
+        assert!(is_independent(spec, true), "{spec}");
+        // These kernels sum few rows in another order than many.
+        if spec.variant.as_deref() == Some("subgroup") {
+            assert!(!is_independent(spec, false), "{spec}: it need not be asked for");
+        }
     }
 }
 

@@ -33,6 +33,10 @@ pub struct ModelFlags {
     /// Arithmetic of what is not FP8: `fast` is bf16 where it pays, `exact` is f32 throughout.
     #[arg(long, value_name = "PROFILE", default_value = "fast", env = "QUAVER_PROFILE")]
     pub profile: ProfileFlag,
+    /// Give a request the same answer, to the last bit, whatever runs beside it, on GPUs too; steps of few rows are slower
+    /// there.
+    #[arg(long, value_parser = clap::builder::FalseyValueParser::new(), env = "QUAVER_DETERMINISTIC")]
+    pub deterministic: bool,
 }
 
 /// Which device.
@@ -92,6 +96,7 @@ impl ModelFlags {
             max_model_len: self.max_model_len,
             max_num_seqs: sequences,
             kv_cache_memory: self.kv_cache_memory,
+            deterministic: self.deterministic,
             ..EngineOptions::default()
         };
         LlmOptions { device: self.device.spec(), engine, offline: self.offline, defer_tokenizer: false }
