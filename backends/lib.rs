@@ -5,8 +5,11 @@ pub mod cpu;
 pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod layout;
+mod peaks;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
+
+pub use self::peaks::Peaks;
 
 use self::cpu::isa::Isa;
 
@@ -179,17 +182,34 @@ fn open_wgpu(_spec: &Spec) -> Result<Box<dyn Backend>> {
     Err(Error::device("wgpu", NOT_BUILT))
 }
 
+/// The number and the properties of a card, and the share of its memory that may be used.
+#[cfg(feature = "cuda")]
+fn find_card(spec: &Spec) -> Result<(usize, cuda::Properties, f64)> {
+    let mut cards = cuda::card::all().map_err(|why| Error::device("cuda", why))?;
+    within(spec, Kind::Cuda, cards.len())?;
+    let (card, properties) = cards.swap_remove(spec.device);
+    Ok((card, properties, spec.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION)))
+}
+
 #[cfg(feature = "cuda")]
 fn open_cuda(spec: &Spec) -> Result<Box<dyn Backend>> {
-    let cards = cuda::card::all().map_err(|why| Error::device("cuda", why))?;
-    within(spec, Kind::Cuda, cards.len())?;
-    let (card, properties) = &cards[spec.device];
-    let share = spec.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION);
-    Ok(Box::new(cuda::Cuda::open(*card, properties, spec.variant.as_deref(), share)?))
+    let (card, properties, share) = find_card(spec)?;
+    Ok(Box::new(cuda::Cuda::open(card, &properties, spec.variant.as_deref(), share)?))
 }
 
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(_spec: &Spec) -> Result<Box<dyn Backend>> {
+    Err(Error::device("cuda", NOT_BUILT))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_peaks(spec: &Spec) -> Result<Peaks> {
+    let (card, properties, share) = find_card(spec)?;
+    cuda::peaks::measure(card, &properties, spec.variant.as_deref(), share)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_peaks(_spec: &Spec) -> Result<Peaks> {
     Err(Error::device("cuda", NOT_BUILT))
 }
 
@@ -219,24 +239,10 @@ fn wgpu_peaks(_spec: &Spec) -> Result<Peaks> {
     Err(Error::device("wgpu", NOT_BUILT))
 }
 
-const UNMEASURED: &str = "what a GPU can do at best is not measured yet; take --backend cpu, or another --device";
-
-/// What a device can do at best, measured on it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Peaks {
-    /// Threads of the processor that took part; 1 for a GPU.
-    pub threads: usize,
-    /// Bytes a second that are read from the device's memory.
-    pub bandwidth: f64,
-    /// Operations a second of the instruction that the device's kernels multiply FP8 with; a product that is added to a
-    /// sum is two.
-    pub flops: f64,
-}
-
 /// Measures what the device that [`open`] would open can do at best. Takes about a second and 512 MiB of memory.
 pub fn peaks(spec: &Spec) -> Result<Peaks> {
     match choose(spec) {
-        Kind::Cuda => Err(Error::device("cuda", UNMEASURED)),
+        Kind::Cuda => cuda_peaks(spec),
         Kind::CudaEmulated => Err(Error::device("cuda-emulated", "its speed says nothing; take another --backend")),
         Kind::Wgpu => wgpu_peaks(spec),
         Kind::Auto | Kind::Cpu => cpu::peaks(spec.threads, spec.variant.as_deref()),

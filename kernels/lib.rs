@@ -45,14 +45,18 @@ pub const KERNELS: &[Kernel] = &[
     kernel!("gather"; TARGETS),
     kernel!("linear", "epilogue"; TARGETS),
     kernel!("linear_gemv", "reduce", "epilogue"; TARGETS),
+    kernel!("peak_read"; TARGETS),
     kernel!("quantize", "reduce", "act"; TARGETS),
     kernel!("rms_norm", "reduce", "act"; TARGETS),
     kernel!("rope_append", "paging"; TARGETS),
     kernel!("sample", "math", "reduce", "philox"; TARGETS),
     kernel!("sm80_attend", "math", "paging"; TARGETS),
     kernel!("sm80_linear", "epilogue", "linear_mma"; TARGETS),
+    kernel!("sm80_peak", "peak_mma"; TARGETS),
     kernel!("sm89_linear_e4m3", "epilogue", "linear_mma"; &["sm_89", "sm_90a"]),
+    kernel!("sm89_peak", "peak_mma"; &["sm_89", "sm_90a"]),
     kernel!("sm90_linear_e4m3", "epilogue"; &["sm_90a"]),
+    kernel!("sm90_peak"; &["sm_90a"]),
     kernel!("swiglu", "math", "reduce", "act"; TARGETS),
 ];
 

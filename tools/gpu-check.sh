@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Parity and speed of every adapter of a machine, from a prebuilt binary: no toolchain, no network, nothing installed.
+# Parity and speed of every device of a machine, from a prebuilt binary: no toolchain, no network, nothing installed.
 #   gpu-check.sh OUT [QUAVER]     OUT: a folder for the results; QUAVER: the binary, else the one beside this or on the path
-# OUT then holds report.md (to be attached to a bug report), parity-*.json, bench.csv and devices.json. Ends within
+# OUT then holds report.md (to be attached to a bug report), parity-*.json, bench.csv and devices.json. GPUs are also timed
+# with 1B-shaped models of random weights, in FP8 and in bf16, which lie in OUT meanwhile (4 GB). Ends within
 # GPU_CHECK_SECONDS, 600 unless set; what did not fit is named in the report. Fails where parity does.
+# Without NVRTC, CUDA kernels come from the folder that QUAVER_CACHE names (`quaver kernels build`).
 set -euo pipefail
 
 out=${1:?usage: gpu-check.sh OUT [QUAVER]}
@@ -51,7 +53,30 @@ explain() {
 # Backend and number of each device, the reference aside; a bare machine has no jq.
 devices=$(tr -d ' ",' <"$out/devices.json" |
   awk -F: '$1 == "backend" { backend = $2 } $1 == "device" && backend != "reference" { print backend, $2 }')
-left=$(($(wc -l <<<"$devices") * 2))
+# GPUs come before the processor, software adapters behind it.
+gpus=$(awk '$1 == "cpu" { exit } { print }' <<<"$devices")
+left=$(($(wc -l <<<"$devices") * 2 + $(grep -c . <<<"$gpus" || true) * 4))
+
+# Speed of a device with a model, or with the demo where none is given.
+bench() {
+  local name=$1 title=$2 code=0
+  shift 2
+  echo "== $name: bench $title"
+  within "$left" "$quaver" bench "$@" --csv "$out/bench.csv" >"$out/bench.txt" 2>"$out/bench-$name.log" || code=$?
+  left=$((left - 1))
+  {
+    echo
+    echo "## Speed of $name, $title"
+    echo
+    echo '```'
+    cat "$out/bench.txt"
+    echo '```'
+    echo
+  } >>"$report"
+  rm "$out/bench.txt"
+  # Speed is no claim: what cannot be measured is told, and fails nothing.
+  [ "$code" = 0 ] || explain "$code" "bench on $name, $title" "$out/bench-$name.log"
+}
 
 while read -r backend device; do
   name=$backend-$device
@@ -69,23 +94,22 @@ while read -r backend device; do
     explain "$code" "parity on $name" "$out/parity-$name.log"
   fi
 
-  echo "== $name: bench"
-  code=0
-  within "$left" "$quaver" bench --backend "$backend" --device "$device" --batch 1,16 --prompt-tokens 128 --gen-tokens 32 \
-    --csv "$out/bench.csv" >"$out/bench-$name.txt" 2>"$out/bench-$name.log" || code=$?
-  left=$((left - 1))
-  {
-    echo
-    echo "## Speed of $name"
-    echo
-    echo '```'
-    cat "$out/bench-$name.txt"
-    echo '```'
-    echo
-  } >>"$report"
-  # Speed is no claim: what cannot be measured is told, and fails nothing.
-  [ "$code" = 0 ] || explain "$code" "bench on $name" "$out/bench-$name.log"
+  bench "$name" "the demo model" --backend "$backend" --device "$device" --batch 1,16 --prompt-tokens 128 --gen-tokens 32
 done <<<"$devices"
+
+if [ -n "$gpus" ]; then
+  for scheme in fp8-channel bf16; do
+    model=$out/1b-$scheme
+    "$quaver" synth "$model" --scheme "$scheme" >/dev/null
+    while read -r backend device; do
+      own=(--model "$model" --backend "$backend" --device "$device")
+      bench "$backend-$device" "1B $scheme, decode" "${own[@]}" --batch 1,8,64,256 --prompt-tokens 128 --gen-tokens 64
+      bench "$backend-$device" "1B $scheme, prefill" "${own[@]}" --batch 1 --prompt-tokens 128,2048,8192 --gen-tokens 8 \
+        --max-num-batched-tokens 8192
+    done <<<"$gpus"
+    rm -r "$model"
+  done
+fi
 
 echo "$report"
 exit "$failed"

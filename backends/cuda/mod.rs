@@ -12,6 +12,7 @@ mod emulated;
 mod kernel;
 mod lower;
 mod memory;
+pub mod peaks;
 mod sys;
 mod tuning;
 

@@ -9,16 +9,12 @@ use quaver_core::Result;
 use super::Wgpu;
 use super::kernel::{Binding, Kernel};
 use super::tuning::Tuning;
-use crate::Peaks;
+use crate::peaks::{Peaks, seconds};
 
 /// Read in each pass: more than caches hold, where the device binds as much.
 const MOST_READ: u64 = 512 << 20;
 /// Threads of a kernel: more than the largest device runs at a time.
 const THREADS: u32 = 1 << 19;
-/// A measurement repeats its kernel until it takes as long.
-const LONG_ENOUGH: Duration = Duration::from_millis(20);
-/// Measurements, the best of which counts.
-const PASSES: usize = 5;
 
 /// The kernels that are timed: one that reads so many bytes, one that multiplies.
 pub fn kernels(tuning: &Tuning, bytes: u64) -> [Kernel; 2] {
@@ -50,25 +46,12 @@ pub fn measure(adapter: &Adapter, variant: Option<&str>) -> Result<Peaks> {
     let limits = wgpu.gpu.device.limits();
     let bytes = MOST_READ.min(limits.max_storage_buffer_binding_size).min(limits.max_buffer_size) / 16 * 16;
     let [read, multiply] = kernels(&wgpu.tuning, bytes);
-    let bandwidth = bytes as f64 / wgpu.seconds(&read)?;
-    let flops = operations(&wgpu.tuning) / wgpu.seconds(&multiply)?;
+    let bandwidth = bytes as f64 / seconds(|repeats| wgpu.time(&read, repeats))?;
+    let flops = operations(&wgpu.tuning) / seconds(|repeats| wgpu.time(&multiply, repeats))?;
     Ok(Peaks { threads: 1, bandwidth, flops })
 }
 
 impl Wgpu {
-    /// Seconds that a kernel takes at best.
-    fn seconds(&mut self, kernel: &Kernel) -> Result<f64> {
-        let mut repeats = 1;
-        while self.time(kernel, repeats)? < LONG_ENOUGH {
-            repeats *= 2;
-        }
-        let mut best = Duration::MAX;
-        for _ in 0..PASSES {
-            best = best.min(self.time(kernel, repeats)?);
-        }
-        Ok(best.as_secs_f64() / f64::from(repeats))
-    }
-
     /// Runs a kernel so many times in one pass, and waits for it.
     fn time(&mut self, kernel: &Kernel, repeats: u32) -> Result<Duration> {
         let dispatches = (0..repeats).map(|_| self.dispatch(kernel, None)).collect::<Result<Vec<_>>>()?;

@@ -1,0 +1,99 @@
+//! What a card can do at best, measured on it: bytes that it reads from its memory, and products that it sums the way
+//! `Linear` does. Benchmarks are held against both.
+
+use std::time::Instant;
+
+use quaver_core::Result;
+
+use super::device::{Launch, Value};
+use super::tuning::Variant;
+use super::{Cuda, Properties};
+use crate::peaks::{Peaks, seconds};
+
+/// Read in each pass: far more than any card's caches hold.
+const READ: u64 = 1 << 30;
+/// Blocks a multiprocessor.
+const BLOCKS: u32 = 16;
+/// Rounds of eight products.
+const ROUNDS: u32 = 1024;
+
+/// Measures a card of [`super::card::all`] with a variant of the kernels by its name, the best where None.
+pub fn measure(index: usize, properties: &Properties, variant: Option<&str>, share: f64) -> Result<Peaks> {
+    let mut cuda = Cuda::open(index, properties, variant, share)?;
+    let bytes = READ.min(cuda.device.budget().unwrap_or(READ) / 2) / 16 * 16;
+    let [read, multiply] = cuda.peak_launches(bytes, ROUNDS)?;
+    let operations = operations(cuda.tuning.variant, &multiply);
+    let bandwidth = bytes as f64 / cuda.seconds(&read)?;
+    Ok(Peaks { threads: 1, bandwidth, flops: operations / cuda.seconds(&multiply)? })
+}
+
+/// Operations of the kernel that multiplies.
+fn operations(variant: Variant, launch: &Launch) -> f64 {
+    let products = match variant {
+        Variant::Sm80 => launch.threads / 32 * (16 * 8 * 16),
+        Variant::Sm89 => launch.threads / 32 * (16 * 8 * 32),
+        Variant::Sm90 => 64 * 128 * 32,
+    };
+    2.0 * 8.0 * f64::from(ROUNDS) * f64::from(products) * f64::from(launch.grid[0])
+}
+
+impl Cuda {
+    /// The kernels that are timed, one that reads zeros and one that multiplies. Both write a word where they find what is
+    /// not there, the last argument.
+    fn peak_launches(&mut self, bytes: u64, rounds: u32) -> Result<[Launch; 2]> {
+        let (zeros, out) = (self.device.alloc("what is read", bytes)?, self.device.alloc("what is found", 16)?);
+        let (file, threads, shared) = match self.tuning.variant {
+            Variant::Sm80 => ("sm80_peak", 256, 0),
+            Variant::Sm89 => ("sm89_peak", 256, 0),
+            Variant::Sm90 => ("sm90_peak", 128, (64 + 128) * 128),
+        };
+        let grid = [self.tuning.processors * BLOCKS, 1, 1];
+        let launch = |file: &'static str, threads, shared, args: &[u64]| {
+            let args = args.iter().map(|&word| Value::Word(word)).collect();
+            Launch { file, entry: file.into(), grid, threads, shared, args }
+        };
+        let read = launch("peak_read", 256, 0, &[zeros, bytes / 16, out]);
+        Ok([read, launch(file, threads, shared, &[u64::from(rounds), out])])
+    }
+
+    /// Seconds that a kernel takes at best.
+    fn seconds(&mut self, launch: &Launch) -> Result<f64> {
+        let Some(Value::Word(out)) = launch.args.last().cloned() else { unreachable!("it is the address of a word") };
+        seconds(|repeats| {
+            let plan = self.device.prepare(vec![launch.clone(); repeats as usize])?;
+            let mut word = [0; 4];
+            self.device.read(out, &mut word)?;
+            let start = Instant::now();
+            self.device.run(plan)?;
+            self.device.read(out, &mut word)?;
+            Ok(start.elapsed())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_is_read_and_nothing_found_among_zeros() {
+        for variant in Variant::ALL {
+            let mut cuda = Cuda::emulated(variant, 0).unwrap();
+            let launches = cuda.peak_launches(80016, 1).unwrap();
+            let [Value::Word(zeros), _, Value::Word(out)] = launches[0].args[..] else { panic!("{:?}", launches[0]) };
+            let launches = launches.map(|launch| Launch { grid: [2, 1, 1], ..launch });
+            let [read, multiply] = launches.map(|launch| cuda.device.prepare(vec![launch]).unwrap());
+            let mut found = |plan| {
+                let mut word = [0; 4];
+                cuda.device.run(plan).unwrap();
+                cuda.device.read(out, &mut word).unwrap();
+                let was = u32::from_ne_bytes(word);
+                cuda.device.write(out, &[0; 4]).unwrap();
+                // The last vector of all.
+                cuda.device.write(zeros + 80000, &7u32.to_ne_bytes()).unwrap();
+                was
+            };
+            assert_eq!([found(multiply), found(read)], [0, 7], "{variant:?}");
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! What a device can do at best: benchmarks are held against it.
+
+use std::time::Duration;
+
+use quaver_core::Result;
+
+/// What a device can do at best, measured on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Peaks {
+    /// Threads of the processor that took part; 1 for a GPU.
+    pub threads: usize,
+    /// Bytes a second that are read from the device's memory.
+    pub bandwidth: f64,
+    /// Operations a second of the instruction that the device's kernels multiply FP8 with; a product that is added to a
+    /// sum is two.
+    pub flops: f64,
+}
+
+/// A measurement of a GPU repeats its kernel until it takes as long.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+const LONG_ENOUGH: Duration = Duration::from_millis(20);
+/// Measurements, the best of which counts.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+const PASSES: usize = 5;
+
+/// Seconds that a kernel takes at best, where `time` runs it so many times and waits.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub(crate) fn seconds(mut time: impl FnMut(u32) -> Result<Duration>) -> Result<f64> {
+    let mut repeats = 1;
+    while time(repeats)? < LONG_ENOUGH {
+        repeats *= 2;
+    }
+    let mut best = Duration::MAX;
+    for _ in 0..PASSES {
+        best = best.min(time(repeats)?);
+    }
+    Ok(best.as_secs_f64() / f64::from(repeats))
+}
