@@ -6,8 +6,14 @@ override WG: u32;
 override TM: u32;  // at most 8
 override TN: u32;  // at most 8
 
-// Blocks of 16 products whose sum is taken on its own.
-const CHUNK = 4u;
+// Blocks of 16 products whose sums are taken on their own before they are added to the others: four additions each, and
+// about as many chunks, so that both sums are short.
+fn chunk_of(blocks: u32) -> u32 {
+  var count = 1u;
+  for (; 4u * count * count < blocks; count *= 2u) {
+  }
+  return count;
+}
 
 // Blocks of 16 elements as vectors: one of E4M3, two of bf16, four of f32 for each row of the tile.
 alias Blocks = array<vec4<u32>, 32>;
@@ -69,10 +75,11 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   for (var j = 0u; j < TN; j++) {
     w_rows[j] = channel_at(tile + j) * blocks * w_vectors;
   }
+  let length = chunk_of(blocks);
   var sums: array<f32, 64>;
   var chunk: array<f32, 64>;
-  for (var first = 0u; first < blocks; first += CHUNK) {
-    let end = min(first + CHUNK, blocks);
+  for (var first = 0u; first < blocks; first += length) {
+    let end = min(first + length, blocks);
     for (var block = first; block < end; block++) {
       var ws: Blocks;
       for (var j = 0u; j < TN; j++) {
