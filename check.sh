@@ -22,7 +22,9 @@ install() {
 }
 
 # The tokenizer's dependencies are linked with the one, and CUDA kernels run on the CPU by the other.
-command -v cc c++ | wc -l | grep -qx 2 || install "a C and C++ compiler" g++ libc6-dev
+for compiler in cc c++; do
+  command -v $compiler >/dev/null || install "a C and C++ compiler" g++ libc6-dev
+done
 command -v shellcheck >/dev/null || install "shellcheck" shellcheck
 
 # The wgpu backend is tested on whatever adapters there are, at least on a software one: tests fail where there is none.

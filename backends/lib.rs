@@ -73,6 +73,8 @@ pub struct Spec {
     pub threads: Option<usize>,
     /// Which of its kernels, where it has several for the same thing; None for the best. On the cpu: an instruction set.
     pub variant: Option<String>,
+    /// Results do not depend on how rows are cut into steps: a GPU takes a context in one part, which is slower.
+    pub deterministic: bool,
     /// The share of a card's memory that may be used; None for [`GPU_MEMORY_UTILIZATION`].
     pub gpu_memory_utilization: Option<f64>,
 }
@@ -174,7 +176,8 @@ fn find_adapter(spec: &Spec) -> Result<&'static ::wgpu::Adapter> {
 
 #[cfg(feature = "wgpu")]
 fn open_wgpu(spec: &Spec) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(wgpu::Wgpu::open(find_adapter(spec)?, spec.variant.as_deref())?))
+    let wgpu = wgpu::Wgpu::open(find_adapter(spec)?, spec.variant.as_deref())?;
+    Ok(Box::new(if spec.deterministic { wgpu.deterministic() } else { wgpu }))
 }
 
 #[cfg(not(feature = "wgpu"))]
@@ -194,7 +197,8 @@ fn find_card(spec: &Spec) -> Result<(usize, cuda::Properties, f64)> {
 #[cfg(feature = "cuda")]
 fn open_cuda(spec: &Spec) -> Result<Box<dyn Backend>> {
     let (card, properties, share) = find_card(spec)?;
-    Ok(Box::new(cuda::Cuda::open(card, &properties, spec.variant.as_deref(), share)?))
+    let cuda = cuda::Cuda::open(card, &properties, spec.variant.as_deref(), share)?;
+    Ok(Box::new(if spec.deterministic { cuda.deterministic() } else { cuda }))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -216,7 +220,9 @@ fn cuda_peaks(_spec: &Spec) -> Result<Peaks> {
 #[cfg(feature = "cuda")]
 fn open_cuda_emulated(spec: &Spec) -> Result<Box<dyn Backend>> {
     within(spec, Kind::CudaEmulated, cuda::SCHEDULES)?;
-    Ok(Box::new(cuda::Cuda::emulated(cuda::Variant::parse("cuda-emulated", spec.variant.as_deref())?, spec.device)?))
+    let variant = cuda::Variant::parse("cuda-emulated", spec.variant.as_deref())?;
+    let cuda = cuda::Cuda::emulated(variant, spec.device)?;
+    Ok(Box::new(if spec.deterministic { cuda.deterministic() } else { cuda }))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -239,7 +245,8 @@ fn wgpu_peaks(_spec: &Spec) -> Result<Peaks> {
     Err(Error::device("wgpu", NOT_BUILT))
 }
 
-/// Measures what the device that [`open`] would open can do at best. Takes about a second and 512 MiB of memory.
+/// Measures what the device that [`open`] would open can do at best. Takes about a second, and 512 MiB of memory, of a
+/// card 1 GiB.
 pub fn peaks(spec: &Spec) -> Result<Peaks> {
     match choose(spec) {
         Kind::Cuda => cuda_peaks(spec),

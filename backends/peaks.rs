@@ -1,8 +1,10 @@
 //! What a device can do at best: benchmarks are held against it.
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use std::time::Duration;
 
-use quaver_core::Result;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use quaver_core::{Error, Result};
 
 /// What a device can do at best, measured on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,6 +21,8 @@ pub struct Peaks {
 /// A measurement of a GPU repeats its kernel until it takes as long.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 const LONG_ENOUGH: Duration = Duration::from_millis(20);
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+const MOST_REPEATS: u32 = 1 << 14;
 /// Measurements, the best of which counts.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 const PASSES: usize = 5;
@@ -29,6 +33,9 @@ pub(crate) fn seconds(mut time: impl FnMut(u32) -> Result<Duration>) -> Result<f
     let mut repeats = 1;
     while time(repeats)? < LONG_ENOUGH {
         repeats *= 2;
+        if repeats > MOST_REPEATS {
+            return Err(Error::device("the measurement", "the device does not run what it is given; see its driver"));
+        }
     }
     let mut best = Duration::MAX;
     for _ in 0..PASSES {

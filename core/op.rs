@@ -423,7 +423,7 @@ pub struct Plan(pub u32);
 pub struct Step(pub u64);
 
 /// What a backend runs on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// `reference`, `cpu`, `wgpu`, `cuda`.
     pub backend: &'static str,

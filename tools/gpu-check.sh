@@ -100,7 +100,14 @@ done <<<"$devices"
 if [ -n "$gpus" ]; then
   for scheme in fp8-channel bf16; do
     model=$out/1b-$scheme
-    "$quaver" synth "$model" --scheme "$scheme" >/dev/null
+    rm -rf "$model"
+    code=0
+    within "$left" "$quaver" synth "$model" --scheme "$scheme" >/dev/null 2>"$out/synth.log" || code=$?
+    if [ "$code" != 0 ]; then
+      explain "$code" "a 1B model in $scheme" "$out/synth.log"
+      rm -rf "$model"
+      continue
+    fi
     while read -r backend device; do
       own=(--model "$model" --backend "$backend" --device "$device")
       bench "$backend-$device" "1B $scheme, decode" "${own[@]}" --batch 1,8,64,256 --prompt-tokens 128 --gen-tokens 64

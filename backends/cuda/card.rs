@@ -8,13 +8,13 @@ use quaver_core::{Error, Result};
 use super::compiler::Compiler;
 use super::device::{BOX_WIDTH, Device, Launch, Matrix};
 use super::sys::{self, Function, Graph, Module, Properties};
-use super::tuning::{Tuning, Variant};
+use super::tuning::{MOST_SPLITS, Tuning, Variant};
 
 /// What the backend is called.
 pub const NAME: &str = "cuda";
 
 const NO_DRIVER: &str = "there is no NVIDIA driver (libcuda); install one, or take --backend wgpu or cpu";
-const NO_CARD: &str = "the NVIDIA driver finds no card; see what nvidia-smi says";
+const NO_CARD: &str = "the NVIDIA driver finds no card; see what nvidia-smi says, or take --backend wgpu or cpu";
 
 /// The oldest CUDA whose drivers have all that is called: tensor maps came with 12.0.
 const OLDEST_DRIVER: i32 = 12000;
@@ -23,7 +23,10 @@ const OLDEST_CARD: (u32, u32) = (8, 0);
 
 /// The cards that can be opened, by their numbers, or why there are none.
 pub fn all() -> Result<Vec<(usize, Properties)>, String> {
-    let version = sys::driver_version().ok_or(NO_DRIVER)?.map_err(|why| format!("the NVIDIA driver fails: {why}"))?;
+    let version = sys::driver_version().ok_or(NO_DRIVER)?.map_err(|why| match why.contains("NO_DEVICE") {
+        true => NO_CARD.to_owned(),
+        false => format!("the NVIDIA driver fails: {why}; take --backend wgpu or cpu"),
+    })?;
     if version < OLDEST_DRIVER {
         let (major, minor) = (version / 1000, version % 1000 / 10);
         return Err(format!("the NVIDIA driver knows CUDA {major}.{minor}; update it to one that knows 12.0 or later"));
@@ -89,7 +92,7 @@ impl Card {
         let (free, total) = opened.memory().map_err(fail)?;
         // What others have taken counts.
         let budget = ((total as f64 * share) as u64).saturating_sub(total - free);
-        let tuning = Tuning { variant, processors: properties.processors };
+        let tuning = Tuning { variant, processors: properties.processors, most_splits: MOST_SPLITS };
         let (modules, functions) = (HashMap::new(), HashMap::new());
         Ok((Card { info, card: opened, compiler, modules, functions, graphs: Vec::new(), budget }, tuning))
     }

@@ -13,8 +13,12 @@ use super::sys::{self, Compiled, Nvrtc};
 /// How kernels are compiled. Contraction is off, so that f32 means the same here as on the CPU.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "--ptxas-options=-v"];
 
+/// The oldest NVRTC that knows all instructions: `mma.sync` on E4M3 came with PTX 8.4 (PTX ISA, release notes).
+const OLDEST: (i32, i32) = (12, 4);
+
 const MISSING: &str = "there is no NVRTC; install the CUDA toolkit, or `pip install nvidia-cuda-nvrtc` (CUDA 12: \
-                       nvidia-cuda-nvrtc-cu12), or copy the cache folder of a machine where `quaver kernels build` ran";
+                       nvidia-cuda-nvrtc-cu12), or copy the cache folder of a machine where `quaver kernels build` ran, or \
+                       take --backend wgpu or cpu";
 
 /// A kernel file, compiled.
 pub struct Built {
@@ -64,6 +68,11 @@ impl Compiler {
         };
         let Some(found) = nvrtc else { return Ok(Compiler { architecture, nvrtc }) };
         let own = (10 * major + minor) as i32;
+        if found.version < OLDEST {
+            let ((major, minor), (least_major, least_minor)) = (found.version, OLDEST);
+            let why = format!("NVRTC {major}.{minor} is too old; install {least_major}.{least_minor} or later");
+            return Err(Error::device("cuda", why));
+        }
         // Cubins run under any driver of their major version (CUDA Compatibility, "Minor Version Compatibility").
         if found.version.0 > driver / 1000 {
             let (major, minor) = found.version;
@@ -180,7 +189,9 @@ pub fn nvrtc() -> Option<Nvrtc> {
     let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(set).chain([PathBuf::from("/usr/local/cuda")]);
     let toolkits = toolkits.flat_map(|home| ["lib64", "lib", "bin", "bin/x64"].map(|folder| home.join(folder)));
     let named = set("QUAVER_NVRTC").into_iter();
-    let pythons = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(set).chain([PathBuf::from("/usr")]);
+    let pythons =
+        ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(set).chain(["/usr", "/usr/local"].map(PathBuf::from));
+    let pythons = pythons.chain(set("HOME").map(|home| home.join(".local")));
     let sites = pythons.flat_map(|home| site_packages(&home));
     let wheels = sites.flat_map(|site| {
         ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cuda_nvrtc/bin"].map(|folder| site.join(folder))

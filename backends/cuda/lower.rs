@@ -305,7 +305,7 @@ mod tests {
     use quaver_core::op::{BufDesc, StaticScale};
 
     use super::*;
-    use crate::cuda::tuning::Variant;
+    use crate::cuda::tuning::{MOST_SPLITS, Variant};
 
     /// The entry point of a Linear of `m` rows, 256 channels and k = 512.
     fn linear(variant: Variant, m: usize, x: DType, w: DType) -> String {
@@ -325,7 +325,7 @@ mod tests {
             out: Cols { buf: out, first: 0 },
             add: false,
         };
-        let tuning = Tuning { variant, processors: 132 };
+        let tuning = Tuning { variant, processors: 132, most_splits: MOST_SPLITS };
         let kernels = lower(&op, &Program::new(m, 0, live), &layouts, &tuning).unwrap();
         assert_eq!(kernels.len(), 1);
         kernels[0].entry.clone()

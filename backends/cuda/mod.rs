@@ -86,9 +86,16 @@ impl Cuda {
     /// The emulator with these kernels alone, (name, source): for tests that change one.
     pub fn emulated_with(kernels: &[(&str, String)], variant: Variant, schedule: usize) -> Result<Self> {
         // Few, so that tests see contexts in one part and in several.
-        let tuning = Tuning { variant, processors: 8 };
+        let tuning = Tuning { variant, processors: 8, most_splits: tuning::MOST_SPLITS };
         let emulator = Emulator::start(&emulated::build(kernels)?, variant.name(), schedule as u64)?;
         Ok(Cuda::new(Box::new(emulator), tuning))
+    }
+
+    /// Sums over a context are taken in one part, however a prompt was cut into steps.
+    #[must_use]
+    pub fn deterministic(mut self) -> Self {
+        self.tuning.most_splits = 1;
+        self
     }
 
     fn launch(&mut self, kernel: Kernel) -> Result<Launch> {

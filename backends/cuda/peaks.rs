@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use quaver_core::Result;
+use quaver_core::{Error, Result};
 
 use super::device::{Launch, Value};
 use super::tuning::Variant;
@@ -12,6 +12,8 @@ use crate::peaks::{Peaks, seconds};
 
 /// Read in each pass: far more than any card's caches hold.
 const READ: u64 = 1 << 30;
+/// At least, in whole megabytes: less says nothing of the memory.
+const LEAST: u64 = 256 << 20;
 /// Blocks a multiprocessor.
 const BLOCKS: u32 = 16;
 /// Rounds of eight products.
@@ -21,6 +23,11 @@ const ROUNDS: u32 = 1024;
 pub fn measure(index: usize, properties: &Properties, variant: Option<&str>, share: f64) -> Result<Peaks> {
     let mut cuda = Cuda::open(index, properties, variant, share)?;
     let bytes = READ.min(cuda.device.budget().unwrap_or(READ) / 2) / 16 * 16;
+    if bytes < LEAST {
+        let what = format!("a measurement of {}", cuda.device.info().name);
+        let remedy = "lower --kv-cache-memory, or raise --gpu-memory-utilization";
+        return Err(Error::OutOfMemory { what, need: LEAST, have: bytes, remedy });
+    }
     let [read, multiply] = cuda.peak_launches(bytes, ROUNDS)?;
     let operations = operations(cuda.tuning.variant, &multiply);
     let bandwidth = bytes as f64 / cuda.seconds(&read)?;

@@ -81,10 +81,12 @@ pub fn properties(card: usize) -> Result<Properties> {
     properties().map_err(say)
 }
 
-/// A card with a stream on it; open until the process ends.
+/// A card with a stream on it. Dropping it frees its memory; the driver's context stays until the process ends.
 pub struct Card {
     context: cu::CUcontext,
     stream: cu::CUstream,
+    /// The addresses of all memory.
+    memory: Vec<u64>,
 }
 
 // SAFETY: the driver's handles may be used from any thread; what is a thread's own, the current context, is set by every
@@ -110,7 +112,7 @@ impl Card {
         let device = driver::device::get(card as c_int).map_err(say)?;
         // SAFETY: `device` is what the driver just gave; the context is kept, and never released.
         let context = unsafe { driver::primary_ctx::retain(device) }.map_err(say)?;
-        let mut opened = Card { context, stream: ptr::null_mut() };
+        let mut opened = Card { context, stream: ptr::null_mut(), memory: Vec::new() };
         opened.enter()?;
         opened.stream = driver::stream::create(driver::stream::StreamKind::NonBlocking).map_err(say)?;
         Ok(opened)
@@ -127,12 +129,13 @@ impl Card {
         driver::mem_get_info().map(|(free, all)| (free as u64, all as u64)).map_err(say)
     }
 
-    /// Zeroed memory, aligned to 256 bytes; it is never freed.
-    pub fn alloc(&self, bytes: usize) -> Result<u64> {
+    /// Zeroed memory, aligned to 256 bytes, for as long as the card is open.
+    pub fn alloc(&mut self, bytes: usize) -> Result<u64> {
         self.enter()?;
         // SAFETY: the memory is new, as long as what is cleared, and nothing else knows its address yet.
         unsafe {
             let address = driver::malloc_sync(bytes).map_err(say)?;
+            self.memory.push(address);
             driver::memset_d8_async(address, 0, bytes, self.stream).map_err(say)?;
             Ok(address)
         }
@@ -229,6 +232,26 @@ impl Card {
         self.enter()?;
         // SAFETY: graphs are never destroyed.
         unsafe { driver::graph::launch(graph.0, self.stream) }.map_err(say)
+    }
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        // Nobody is left to be told of an error: what the driver does not free now it frees with the process.
+        if self.enter().is_err() {
+            return;
+        }
+        // SAFETY: addresses and stream are this card's own, nothing is queued any more, and graphs, which know the
+        // addresses, are run by a card only.
+        unsafe {
+            if self.stream.is_null() || driver::stream::synchronize(self.stream).is_err() {
+                return;
+            }
+            for address in self.memory.drain(..) {
+                let _ = driver::free_sync(address);
+            }
+            let _ = driver::stream::destroy(self.stream);
+        }
     }
 }
 

@@ -42,7 +42,12 @@ pub struct Tuning {
     pub variant: Variant,
     /// Multiprocessors.
     pub processors: u32,
+    /// Parts that a row's context is split into, at most. 1 makes sums independent of how a prompt was cut into steps.
+    pub most_splits: u32,
 }
+
+/// See [`Tuning::most_splits`].
+pub const MOST_SPLITS: u32 = 64;
 
 /// Rows up to which a Linear streams its weights through registers.
 pub const GEMV_ROWS: u32 = 8;
@@ -51,6 +56,6 @@ impl Tuning {
     /// Parts that each row's context of at most `context` positions is split into, where there are so many blocks
     /// without: enough for two blocks a multiprocessor, and no part shorter than 256 positions.
     pub fn splits(&self, blocks: u32, context: u32) -> u32 {
-        (2 * self.processors / blocks.max(1)).min(context.div_ceil(256)).clamp(1, 64)
+        (2 * self.processors / blocks.max(1)).min(context.div_ceil(256)).clamp(1, self.most_splits)
     }
 }

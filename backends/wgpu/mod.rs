@@ -117,6 +117,14 @@ impl Wgpu {
         Ok(wgpu)
     }
 
+    /// Sums over a context are taken in one part, however a prompt was cut into steps; but on software adapters contexts
+    /// beyond what Mesa's loops allow stay in parts.
+    #[must_use]
+    pub fn deterministic(mut self) -> Self {
+        self.tuning.most_splits = 1;
+        self
+    }
+
     /// True where decoding by way of f16 gives the value of every finite code, and +-480 for NaN (`e4m3.wgsl`).
     fn decodes_fast(&mut self) -> Result<bool> {
         let dispatch = self.dispatch(&e4m3_codes(), None)?;
@@ -153,6 +161,11 @@ impl Wgpu {
     fn scratch(&mut self, bytes: u64) -> Result<Buffer> {
         match self.scratch.last() {
             Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
+            _ if bytes > self.gpu.device.limits().max_storage_buffer_binding_size => {
+                let most = self.gpu.device.limits().max_storage_buffer_binding_size;
+                let why = format!("attention takes {bytes} bytes beside its buffers, the device binds {most}");
+                Err(self.gpu.error(why + "; lower --max-num-batched-tokens or --max-model-len"))
+            }
             _ => {
                 let buffer = self.gpu.buffer("scratch", bytes, BufferUsages::STORAGE | BufferUsages::COPY_SRC)?;
                 self.scratch.push(buffer.clone());

@@ -72,7 +72,8 @@ pub struct Tuning {
     pub fast_e4m3: bool,
     /// Workgroups that keep the device busy.
     pub busy: u32,
-    /// Parts that a row's context is split into, at most, to keep it so.
+    /// Parts that a row's context is split into, at most, to keep it so. 1 makes sums independent of how a prompt was cut
+    /// into steps.
     pub most_splits: u32,
 }
 

@@ -99,7 +99,8 @@ impl ModelFlags {
             deterministic: self.deterministic,
             ..EngineOptions::default()
         };
-        LlmOptions { device: self.device.spec(), engine, offline: self.offline, defer_tokenizer: false }
+        let device = Spec { deterministic: self.deterministic, ..self.device.spec() };
+        LlmOptions { device, engine, offline: self.offline, defer_tokenizer: false }
     }
 
     /// The model's folder or id; an empty QUAVER_MODEL is none.
@@ -119,7 +120,7 @@ impl DeviceFlags {
         let threads = self.threads.map(usize::from);
         let gpu_memory_utilization = Some(self.gpu_memory_utilization);
         let variant = self.variant.clone();
-        Spec { kind: self.backend, device: self.device, threads, variant, gpu_memory_utilization }
+        Spec { kind: self.backend, device: self.device, threads, variant, gpu_memory_utilization, deterministic: false }
     }
 }
 

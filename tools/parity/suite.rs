@@ -61,6 +61,12 @@ pub fn title(spec: &Spec, info: &DeviceInfo) -> String {
     format!("{spec}: {} ({})", info.name, info.driver)
 }
 
+/// What the list of devices says of one.
+fn listed(spec: &Spec) -> DeviceInfo {
+    let own = quaver_backends::devices().into_iter().find(|own| (own.kind, own.index) == (spec.kind, spec.device));
+    own.map_or_else(|| DeviceInfo { backend: spec.kind.name(), ..DeviceInfo::default() }, |own| own.info)
+}
+
 impl Suite {
     /// Every case of a seed and a model in both profiles; of these, the ones whose device and name, written
     /// `wgpu-portable::linear::...`, hold one of `filter`, or all where that is empty.
@@ -87,16 +93,21 @@ impl Suite {
         self.filter.is_empty() || self.filter.iter().any(|part| full.contains(part))
     }
 
-    /// Runs all of it, case by case on all devices; `on_progress` is told what comes next.
+    /// Runs all of it, case by case on all devices; `on_progress` is told what comes next. A device that cannot be opened has
+    /// one outcome that says why.
     ///
     /// # Errors
-    /// Where a device cannot be opened at all, or the reference cannot run the model.
+    /// Where the reference cannot run the model.
     pub fn run(&self, specs: &[Spec], mut on_progress: impl FnMut(&str)) -> Result<Vec<DeviceReport>> {
         let report = |spec: &Spec| {
-            let info = quaver_backends::open(spec)?.describe();
-            Ok(DeviceReport { spec: spec.clone(), info, outcomes: Vec::new() })
+            let (info, outcomes) = match quaver_backends::open(spec) {
+                Ok(device) => (device.describe(), Vec::new()),
+                Err(why) => (listed(spec), vec![Outcome::failed("open", "open", self.seed, why.to_string())]),
+            };
+            DeviceReport { spec: spec.clone(), info, outcomes }
         };
-        let mut reports = specs.iter().map(report).collect::<Result<Vec<_>>>()?;
+        let (mut reports, closed): (Vec<_>, Vec<_>) =
+            specs.iter().map(report).partition(|report| report.outcomes.is_empty());
         for case in &self.cases {
             let takers = reports.iter_mut().filter(|report| self.takes(&report.spec, &case.name));
             let mut takers: Vec<_> = takers.collect();
@@ -113,6 +124,7 @@ impl Suite {
             }
         }
         self.run_model(&mut reports, on_progress)?;
+        reports.extend(closed);
         Ok(reports)
     }
 
