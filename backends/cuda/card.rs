@@ -75,7 +75,8 @@ pub struct Card {
     card: sys::Card,
     compiler: Compiler,
     modules: HashMap<&'static str, Module>,
-    functions: HashMap<(String, u32), Function>,
+    /// Entry points, and the most shared memory that each may be launched with.
+    functions: HashMap<String, (Function, u32)>,
     graphs: Vec<Graph>,
     /// Bytes that may still be allocated.
     budget: u64,
@@ -102,8 +103,9 @@ impl Card {
     }
 
     fn function(&mut self, launch: &Launch) -> Result<Function> {
-        let key = (launch.entry.clone(), launch.shared);
-        if let Some(function) = self.functions.get(&key) {
+        if let Some((function, most)) = self.functions.get(&launch.entry)
+            && launch.shared <= *most
+        {
             return Ok(*function);
         }
         if !self.modules.contains_key(launch.file) {
@@ -118,7 +120,7 @@ impl Card {
         }
         let function = self.card.function(&self.modules[launch.file], &launch.entry, launch.shared);
         let function = function.map_err(|why| self.error(format!("{}: {why}", launch.entry)))?;
-        self.functions.insert(key, function);
+        self.functions.insert(launch.entry.clone(), (function, launch.shared));
         Ok(function)
     }
 }

@@ -2,6 +2,7 @@
 //! `quaver kernels build` put there.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::{env, fs};
 
 use quaver_core::{Error, Result};
@@ -98,7 +99,9 @@ impl Compiler {
             return Ok(Built { image, is_new: false, path });
         }
         let Compiled { image, .. } = self.run(nvrtc, kernel)?;
-        let beside = path.with_extension(format!("{}.tmp", std::process::id()));
+        static WRITTEN: AtomicU32 = AtomicU32::new(0);
+        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+        let beside = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
         let written = fs::write(&beside, &image).and_then(|()| fs::rename(&beside, &path));
         written.map_err(|e| Error::io("write", &path, e))?;
         Ok(Built { image, is_new: true, path })
@@ -131,7 +134,14 @@ impl Compiler {
         };
         let entries = fs::read_dir(&folder).map_err(|e| Error::io("read", &folder, e))?;
         let path = entries.filter_map(|entry| Some(entry.ok()?.path())).find(own);
-        let path = path.ok_or_else(|| Error::device("cuda", MISSING))?;
+        let Some(path) = path else {
+            // What the driver compiles will do, too.
+            let number = self.architecture.strip_prefix("sm_").map(|number| number.trim_end_matches('a'));
+            return match number.and_then(|number| number.parse().ok()) {
+                Some(89..=999u32) => Compiler { architecture: "compute_89".into(), nvrtc: None }.find(kernel),
+                _ => Err(Error::device("cuda", MISSING)),
+            };
+        };
         let image = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         Ok(Built { image, is_new: false, path })
     }
@@ -154,6 +164,8 @@ pub fn kernels_for(architecture: &str) -> Result<Vec<&'static Kernel>> {
     let digits = number.map(|number| number.trim_end_matches(['a', 'f']));
     let target = match (architecture, digits.and_then(|digits| digits.parse().ok())) {
         ("sm_90a" | "compute_90a", _) => "sm_90a",
+        // Cards of 9.0 run code of sm_90a, which has their tensor cores' instructions.
+        ("sm_90", _) => return Err(Error::device("cuda", "give sm_90a in place of sm_90")),
         (_, Some(80..89u32)) => "sm_80",
         (_, Some(89..=999)) => "sm_89",
         _ => return Err(unknown()),
