@@ -4,7 +4,7 @@ use bytemuck::cast_slice;
 
 use crate::error::{Error, Result};
 use crate::llama::Llama;
-use crate::op::Backend;
+use crate::op::{Backend, CHOSEN};
 use crate::sampler::RowParams;
 
 /// Rows of ragged sequences, and those of them whose logits are wanted.
@@ -19,7 +19,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Appends the tokens `ids` of sequence `seq`, which stand at `position` and behind; gives the row of the first.
+    /// Appends the tokens `ids` of sequence `seq`, which stand at `position` and behind; gives the row of the first. As
+    /// [`Op::Embed`](crate::op::Op::Embed) takes them: a token that the last step chose may stand as the row where it did.
     pub fn push(&mut self, seq: u32, position: usize, ids: &[u32]) -> usize {
         let first = self.ids.len();
         self.spans.push([first as u32, ids.len() as u32, seq, position as u32]);
@@ -57,9 +58,11 @@ impl Batch {
             self.wanted.iter().max().map_or(0, |row| *row as usize + 1),
             self.rows(),
         )?;
-        if let Some(&id) = self.ids.iter().find(|&&id| id as usize >= llama.config.vocab) {
+        if let Some(&id) = self.ids.iter().find(|&&id| id & CHOSEN == 0 && id as usize >= llama.config.vocab) {
             return Err(Error::TokenOutOfRange { id, vocab: llama.config.vocab });
         }
+        let chosen = self.ids.iter().filter(|&&id| id & CHOSEN != 0).map(|id| (id & !CHOSEN) as usize + 1);
+        at_most("rows of the last step", chosen.max().unwrap_or(0), sizes.wanted)?;
         let context = sizes.pages_a_sequence() * sizes.page_tokens;
         if let Some(&position) = self.position.iter().find(|&&p| p as usize >= context) {
             return Err(Error::PromptTooLong { got: position as usize + 1, max: context });

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::guide::Guide;
 use crate::kv::Pages;
 use crate::llama::{KvCache, Llama, Profile, Sizes};
-use crate::op::{Backend, DType, DeviceInfo, Plan};
+use crate::op::{Backend, CHOSEN, DType, DeviceInfo, Fetch, Plan};
 use crate::plan::MemoryPlan;
 use crate::sampler::{Count, NO_TOKEN, RowParams, Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Budget, Scheduler, Sequence, Share};
@@ -210,17 +210,41 @@ impl Limits {
 }
 
 /// Why a row of a step is wanted.
-enum Want {
-    Score(RequestId),
-    Choose(RequestId),
-    ChooseOnHost(RequestId),
+struct Want {
+    id: RequestId,
+    /// Where the token that it scores or chooses stands in its sequence.
+    position: usize,
+    what: What,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Score,
+    Choose,
+    ChooseOnHost,
 }
 
 impl Want {
-    fn id(&self) -> RequestId {
-        match *self {
-            Want::Score(id) | Want::Choose(id) | Want::ChooseOnHost(id) => id,
-        }
+    fn is_on_host(&self) -> bool {
+        self.what == What::ChooseOnHost
+    }
+}
+
+/// A step that is queued.
+struct UnderWay {
+    /// Whose rows it has, and how many of their tokens are computed when it is done.
+    ends: Vec<(RequestId, usize)>,
+    wants: Vec<Want>,
+    /// What each run of the head gives: the copy, and for how many of the wanted rows.
+    heads: Vec<(Fetch, usize)>,
+    /// Logits of the rows whose tokens are chosen on the host, in their order.
+    logits: Vec<Fetch>,
+}
+
+impl UnderWay {
+    /// True where the next step can be queued before this one is done: it finds what was chosen on the device.
+    fn can_be_followed(&self) -> bool {
+        self.logits.is_empty() && self.heads.len() == 1
     }
 }
 
@@ -235,6 +259,8 @@ pub struct Engine {
     sampler: Sampler,
     next_id: u64,
     stats: Stats,
+    /// The step that is queued and not settled.
+    under_way: Option<UnderWay>,
     memory: (u64, u64),
     deterministic: bool,
 }
@@ -259,6 +285,7 @@ impl Engine {
             sampler: Sampler::new(),
             next_id: 0,
             stats: Stats::default(),
+            under_way: None,
             memory: (weights, kv_cache),
             deterministic: options.deterministic,
             backend,
@@ -335,9 +362,25 @@ impl Engine {
         self.scheduler.is_idle()
     }
 
-    /// Runs one step, and gives what it brought, in the order of the sequences.
+    /// Queues a step, and gives what one brought, in the order of the sequences: the same one; or, on a device with a
+    /// queue of its own, the one before it, so that the device need not wait for the host.
     pub fn step(&mut self) -> Result<Vec<(RequestId, Output)>> {
         let mut outputs = Vec::new();
+        let last = self.under_way.take();
+        let next = self.queue(&mut outputs);
+        if let Some(last) = last {
+            self.settle(last, &mut outputs)?;
+        }
+        match next? {
+            Some(next) if self.backend.is_asynchronous() && next.can_be_followed() => self.under_way = Some(next),
+            Some(next) => self.settle(next, &mut outputs)?,
+            None => (),
+        }
+        Ok(outputs)
+    }
+
+    /// Queues the next step, where there is one.
+    fn queue(&mut self, outputs: &mut Vec<(RequestId, Output)>) -> Result<Option<UnderWay>> {
         for id in self.scheduler.admit() {
             outputs.extend(self.place(id)?.map(|output| (id, output)));
         }
@@ -346,55 +389,49 @@ impl Engine {
         }
         let shares = self.scheduler.plan();
         if shares.is_empty() {
-            return Ok(outputs);
+            return Ok(None);
         }
         let mut batch = Batch::default();
-        let mut wants = Vec::new();
-        for share in &shares {
-            let (sequence, request) = running(&mut self.scheduler, &mut self.requests, share.id);
+        let (mut ends, mut wants) = (Vec::new(), Vec::new());
+        for Share { id, rows } in shares {
+            let (sequence, request) = known(&mut self.scheduler, &mut self.requests, id);
             let slot = sequence.slot();
-            let (first, end) = (sequence.computed, sequence.computed + share.rows);
+            let (first, end) = (sequence.computed, sequence.computed + rows);
             let row = batch.push(slot, first, &sequence.tokens[first..end]);
+            sequence.computed = end;
+            ends.push((id, end));
             if let Some(top_n) = request.params.prompt_logprobs {
-                for position in first.max(request.scored - 1)..end.min(request.prompt - 1) {
-                    let params = RowParams::score(slot, sequence.tokens[position + 1], top_n as u32);
-                    batch.want(row + position - first, params);
-                    wants.push(Want::Score(share.id));
+                for position in first.max(request.scored - 1) + 1..end.min(request.prompt - 1) + 1 {
+                    let params = RowParams::score(slot, sequence.tokens[position], top_n as u32);
+                    batch.want(row + position - 1 - first, params);
+                    wants.push(Want { id, position, what: What::Score });
                 }
             }
             if end == sequence.tokens.len() && end < sequence.limit {
-                let row = row + share.rows - 1;
-                if request.is_chosen_on_host(end - request.prompt) {
+                sequence.tokens.push(CHOSEN | wants.len() as u32);
+                let (params, what) = match request.is_chosen_on_host(end - request.prompt) {
                     // Whatever token the device scores: only the logits are read.
-                    batch.want(row, RowParams::score(slot, 0, 0));
-                    wants.push(Want::ChooseOnHost(share.id));
-                } else {
-                    batch.want(row, request.params.row(slot, end as u32, request.seed));
-                    wants.push(Want::Choose(share.id));
-                }
+                    true => (RowParams::score(slot, 0, 0), What::ChooseOnHost),
+                    false => (request.params.row(slot, end as u32, request.seed), What::Choose),
+                };
+                batch.want(row + rows - 1, params);
+                wants.push(Want { id, position: end, what });
             }
         }
-        let results = self.run(&batch, &wants)?;
+        let (heads, logits) = self.run(&batch, &wants)?;
         self.stats.steps += 1;
         self.stats.rows += batch.rows() as u64;
-        outputs.extend(self.settle(&shares, &wants, results));
-        Ok(outputs)
+        Ok(Some(UnderWay { ends, wants, heads, logits }))
     }
 
     /// Writes an admitted sequence's row of the page table and, where penalties need it, of the history. Gives what
     /// there is to tell where it was admitted for the first time.
     fn place(&mut self, id: RequestId) -> Result<Option<Output>> {
-        let (sequence, request) = running(&mut self.scheduler, &mut self.requests, id);
-        let slot = sequence.slot() as usize;
-        let inputs = &self.llama.inputs;
+        self.write_history(id)?;
+        let (sequence, request) = known(&mut self.scheduler, &mut self.requests, id);
         let width = self.llama.sizes.pages_a_sequence() * 4;
-        self.backend.write(inputs.rows.page_table, slot * width, cast_slice(&sequence.pages))?;
-        if request.params.penalizes() {
-            let mut history = vec![0; self.llama.config.vocab];
-            let (prompt, output) = sequence.tokens.split_at(request.prompt);
-            Count::fill(&mut history, prompt, output);
-            self.backend.write(inputs.history, slot * history.len() * 4, cast_slice(&history))?;
-        }
+        let at = sequence.slot() as usize * width;
+        self.backend.write(self.llama.inputs.rows.page_table, at, cast_slice(&sequence.pages))?;
         if std::mem::replace(&mut request.begun, true) {
             return Ok(None);
         }
@@ -407,51 +444,81 @@ impl Engine {
         Ok(Some(Output::Begun { cached }))
     }
 
+    /// Writes a sequence's row of the history where penalties need it: from here on the device counts.
+    fn write_history(&mut self, id: RequestId) -> Result<()> {
+        let (sequence, request) = known(&mut self.scheduler, &mut self.requests, id);
+        if !request.params.penalizes() {
+            return Ok(());
+        }
+        let mut history = vec![0; self.llama.config.vocab];
+        let (prompt, output) = sequence.tokens.split_at(request.prompt);
+        Count::fill(&mut history, prompt, output);
+        let at = sequence.slot() as usize * history.len() * 4;
+        self.backend.write(self.llama.inputs.history, at, cast_slice(&history))
+    }
+
     /// Writes the page that a sequence grew by.
     fn write_last_page(&mut self, id: RequestId) -> Result<()> {
-        let (sequence, _) = running(&mut self.scheduler, &mut self.requests, id);
+        let (sequence, _) = known(&mut self.scheduler, &mut self.requests, id);
         let last = sequence.pages.len() - 1;
         let at = sequence.slot() as usize * self.llama.sizes.pages_a_sequence() + last;
         self.backend.write(self.llama.inputs.rows.page_table, at * 4, cast_slice(&sequence.pages[last..]))
     }
 
-    /// Runs a batch, the head as often as the wanted rows need it. What is to be chosen on the host is chosen there.
-    fn run(&mut self, batch: &Batch, wants: &[Want]) -> Result<Vec<Result<Sampled>>> {
+    /// Queues a batch, the head as often as the wanted rows need it, and copies of what these runs give.
+    fn run(&mut self, batch: &Batch, wants: &[Want]) -> Result<(Vec<(Fetch, usize)>, Vec<Fetch>)> {
         batch.write(&self.llama, &mut *self.backend)?;
-        let mut results = Vec::with_capacity(wants.len());
-        let mut rows = batch.rows();
+        let (mut heads, mut logits) = (Vec::new(), Vec::new());
+        let (mut rows, mut first) = (batch.rows(), 0);
         loop {
-            let first = results.len();
             let count = (wants.len() - first).min(self.llama.sizes.wanted);
             let plan = self.plan(rows, count)?;
             batch.write_wanted(&self.llama, &mut *self.backend, first, count)?;
-            let step = self.backend.run(plan)?;
-            let mut sampled = vec![Sampled::NONE; count];
-            self.backend.read(step, self.llama.outputs.sampled, 0, cast_slice_mut(&mut sampled))?;
-            for (row, (want, sampled)) in wants[first..].iter().zip(sampled).enumerate() {
-                results.push(match want {
-                    Want::ChooseOnHost(id) => {
-                        let mut logits = vec![0f32; self.llama.config.vocab];
-                        let at = row * logits.len() * 4;
-                        self.backend.read(step, self.llama.outputs.logits, at, cast_slice_mut(&mut logits))?;
-                        self.choose(*id, &logits)
-                    }
-                    _ => Ok(sampled),
-                });
+            self.backend.run(plan)?;
+            // One row at least, so that every step can be waited for.
+            let bytes = count.max(1) * size_of::<Sampled>();
+            heads.push((self.backend.fetch(self.llama.outputs.sampled, 0, bytes)?, count));
+            let width = self.llama.config.vocab * 4;
+            for (row, _) in (wants[first..first + count].iter().enumerate()).filter(|(_, want)| want.is_on_host()) {
+                logits.push(self.backend.fetch(self.llama.outputs.logits, row * width, width)?);
             }
-            rows = 0;
-            if results.len() == wants.len() {
-                return Ok(results);
+            (rows, first) = (0, first + count);
+            if first == wants.len() {
+                return Ok((heads, logits));
             }
         }
     }
 
+    /// Waits for what a step gives. What is to be chosen on the host is chosen there.
+    fn results(
+        &mut self,
+        wants: &[Want],
+        heads: Vec<(Fetch, usize)>,
+        logits: Vec<Fetch>,
+    ) -> Result<Vec<Result<Sampled>>> {
+        let mut sampled = vec![Sampled::NONE; wants.len()];
+        let mut rest = &mut sampled[..];
+        for (fetch, count) in heads {
+            let mut rows = vec![Sampled::NONE; count.max(1)];
+            self.backend.take(fetch, cast_slice_mut(&mut rows))?;
+            rest.split_off_mut(..count).expect("as many as are wanted").copy_from_slice(&rows[..count]);
+        }
+        let mut results: Vec<_> = sampled.into_iter().map(Ok).collect();
+        let on_host = wants.iter().zip(&mut results).filter(|(want, _)| want.is_on_host());
+        for ((want, result), fetch) in on_host.zip(logits) {
+            let mut logits = vec![0f32; self.llama.config.vocab];
+            self.backend.take(fetch, cast_slice_mut(&mut logits))?;
+            *result = self.choose(want, &logits);
+        }
+        Ok(results)
+    }
+
     /// Chooses a request's next token from its logits, `[vocab]`: among those that its guide allows, and with its biases.
     /// Log-probabilities are those of the logits as they are, here as on a device.
-    fn choose(&mut self, id: RequestId, logits: &[f32]) -> Result<Sampled> {
-        let (sequence, request) = running(&mut self.scheduler, &mut self.requests, id);
+    fn choose(&mut self, want: &Want, logits: &[f32]) -> Result<Sampled> {
+        let (sequence, request) = known(&mut self.scheduler, &mut self.requests, want.id);
         let (slot, params) = (sequence.slot(), &request.params);
-        let (prompt, output) = sequence.tokens.split_at(request.prompt);
+        let (prompt, output) = sequence.tokens[..want.position].split_at(request.prompt);
         let mut allowed = logits.to_vec();
         for &(id, bias) in &params.logit_bias {
             allowed[id as usize] += bias;
@@ -469,7 +536,7 @@ impl Engine {
         if params.penalizes() {
             Count::fill(&mut history, prompt, output);
         }
-        let row = params.row(slot, sequence.tokens.len() as u32, request.seed);
+        let row = params.row(slot, want.position as u32, request.seed);
         let token = self.sampler.sample(&allowed, &row, &mut history).token;
         if token == NO_TOKEN && logits.iter().any(|logit| logit.is_finite()) {
             return Err(Error::text("structured output", "no token may come next; change the grammar or min_tokens"));
@@ -497,67 +564,90 @@ impl Engine {
         Ok(plan)
     }
 
-    /// Books what a step computed, and says what it brought.
-    fn settle(
-        &mut self,
-        shares: &[Share<RequestId>],
-        wants: &[Want],
-        results: Vec<Result<Sampled>>,
-    ) -> Vec<(RequestId, Output)> {
+    /// Waits for a step, and books what it computed. A request that is over, and whose row it computed in vain, is known
+    /// no more.
+    fn settle(&mut self, step: UnderWay, outputs: &mut Vec<(RequestId, Output)>) -> Result<()> {
+        let UnderWay { ends, wants, heads, logits } = step;
+        let results = self.results(&wants, heads, logits)?;
         let mut results = wants.iter().zip(results).peekable();
-        let mut outputs = Vec::new();
-        for &Share { id, rows } in shares {
-            self.scheduler.advance(id, rows);
-            let (sequence, request) = running(&mut self.scheduler, &mut self.requests, id);
-            let (mut scores, mut chosen, mut failure) = (Vec::new(), None, None);
-            while let Some((want, result)) = results.next_if(|(want, _)| want.id() == id) {
-                match (want, result) {
-                    (_, Err(error)) => failure = Some(error),
-                    (_, Ok(sampled)) if sampled.rank == 0 || sampled.bad_logits > 0 => {
-                        let why = "the logits are not finite: the checkpoint is damaged, or the device is";
-                        failure = Some(Error::device(self.backend.describe().backend, why));
-                    }
-                    (Want::Score(_), Ok(sampled)) => scores.push(Token::from(&sampled)),
-                    (_, Ok(sampled)) => chosen = Some(Token::from(&sampled)),
-                }
-            }
-            if let Some(error) = failure {
-                outputs.push((id, Output::Failed(error)));
-                self.scheduler.discard(id);
-                self.requests.remove(&id);
+        for (id, end) in ends {
+            let own: Vec<_> = std::iter::from_fn(|| results.next_if(|(want, _)| want.id == id)).collect();
+            if !self.requests.contains_key(&id) {
                 continue;
             }
-            if !scores.is_empty() {
-                request.scored += scores.len();
-                outputs.push((id, Output::Prompt(scores)));
-            }
-            let mut end = None;
-            if let Some(token) = chosen {
-                self.stats.generation_tokens += 1;
-                sequence.tokens.push(token.id);
-                end = request.end_behind(token.id, &self.eos);
-                outputs.push((id, Output::Token(token)));
-            }
-            if end.is_none() && sequence.computed.max(sequence.tokens.len()) >= sequence.limit {
-                let prompt_done = sequence.computed >= request.prompt;
-                end = prompt_done.then_some(Output::Finished(FinishReason::Length));
-            }
-            if let Some(end) = end {
-                outputs.push((id, end));
-                self.cancel(id);
+            self.scheduler.keep(id, end);
+            let over = self.book(id, end, own, outputs)?;
+            if let Some(over) = over {
+                match over {
+                    // Nobody should find its pages.
+                    Output::Failed(_) => self.scheduler.discard(id),
+                    _ => drop(self.scheduler.remove(id)),
+                }
+                self.requests.remove(&id);
+                outputs.push((id, over));
             }
         }
-        outputs
+        Ok(())
+    }
+
+    /// Books what a step brought for one request; gives what ends it, where something does.
+    fn book(
+        &mut self,
+        id: RequestId,
+        end: usize,
+        results: Vec<(&Want, Result<Sampled>)>,
+        outputs: &mut Vec<(RequestId, Output)>,
+    ) -> Result<Option<Output>> {
+        let (sequence, request) = known(&mut self.scheduler, &mut self.requests, id);
+        let (mut scores, mut chosen) = (Vec::new(), None);
+        for (want, result) in results {
+            let sampled = match result {
+                Err(error) => return Ok(Some(Output::Failed(error))),
+                Ok(sampled) if sampled.rank == 0 || sampled.bad_logits > 0 => {
+                    let why = "the logits are not finite: the checkpoint is damaged, or the device is";
+                    return Ok(Some(Output::Failed(Error::device(self.backend.describe().backend, why))));
+                }
+                Ok(sampled) => sampled,
+            };
+            match want.what {
+                What::Score => scores.push(Token::from(&sampled)),
+                _ => {
+                    sequence.tokens[want.position] = sampled.token;
+                    chosen = Some((want, Token::from(&sampled)));
+                }
+            }
+        }
+        if !scores.is_empty() {
+            request.scored += scores.len();
+            outputs.push((id, Output::Prompt(scores)));
+        }
+        let mut tokens = end;
+        if let Some((want, token)) = chosen {
+            self.stats.generation_tokens += 1;
+            tokens += 1;
+            let over = request.end_behind(token.id, &self.eos);
+            let goes_to_device = want.is_on_host() && !request.is_chosen_on_host(tokens - request.prompt);
+            outputs.push((id, Output::Token(token)));
+            if over.is_some() {
+                return Ok(over);
+            }
+            if goes_to_device {
+                self.write_history(id)?;
+            }
+        }
+        let (sequence, request) = known(&mut self.scheduler, &mut self.requests, id);
+        let is_over = end >= request.prompt && tokens >= sequence.limit;
+        Ok(is_over.then_some(Output::Finished(FinishReason::Length)))
     }
 }
 
-/// A running sequence and its request; neither is without the other.
-fn running<'a>(
+/// A sequence and its request; neither is without the other.
+fn known<'a>(
     scheduler: &'a mut Scheduler<RequestId>,
     requests: &'a mut HashMap<RequestId, Request>,
     id: RequestId,
 ) -> (&'a mut Sequence, &'a mut Request) {
-    let sequence = scheduler.get_mut(id).expect("what the scheduler plans or admits is running");
+    let sequence = scheduler.get_mut(id).expect("a sequence is removed with its request");
     (sequence, requests.get_mut(&id).expect("a request is forgotten when its sequence is removed"))
 }
 

@@ -10,7 +10,7 @@ use bytemuck::pod_read_unaligned;
 use crate::bytes::Bytes;
 use crate::cost::{Cost, Work, cost};
 use crate::error::Result;
-use crate::op::{Backend, Buf, BufDesc, DeviceInfo, Line, Op, Plan, Program, Step};
+use crate::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Line, Op, Plan, Program};
 
 /// What runs took since [`Reading::reset`].
 #[derive(Clone, Debug, Default)]
@@ -140,16 +140,15 @@ impl Backend for Meter {
         Ok(Plan(self.programs.len() as u32 - 1))
     }
 
-    fn run(&mut self, plan: Plan) -> Result<Step> {
+    fn run(&mut self, plan: Plan) -> Result<()> {
         let Some(recorded) = self.programs.get(plan.0 as usize) else { return self.inner.run(plan) };
         let work = self.work(recorded);
-        let mut step = Step(0);
         let mut times = Vec::new();
         for &plan in &recorded.plans {
             let start = Instant::now();
-            step = self.inner.run(plan)?;
+            self.inner.run(plan)?;
             if self.timed {
-                self.inner.read(step, recorded.live, 0, &mut [0; 4])?;
+                self.inner.read(recorded.live, 0, &mut [0; 4])?;
                 times.push(start.elapsed());
             }
         }
@@ -163,11 +162,19 @@ impl Backend for Meter {
                 total.time += time;
             }
         }
-        Ok(step)
+        Ok(())
     }
 
-    fn read(&mut self, after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
-        self.inner.read(after, src, offset, into)
+    fn is_asynchronous(&self) -> bool {
+        self.inner.is_asynchronous()
+    }
+
+    fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
+        self.inner.fetch(src, offset, bytes)
+    }
+
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
+        self.inner.take(fetch, into)
     }
 }
 
@@ -198,9 +205,9 @@ mod tests {
         let plan = meter.record(&program).unwrap();
         meter.write(live, 0, bytemuck::cast_slice(&[2u32, 0, 1])).unwrap();
         meter.write(x, 0, bytemuck::cast_slice(&[1f32, 2.0, 3.0, 4.0])).unwrap();
-        let step = meter.run(plan).unwrap();
+        meter.run(plan).unwrap();
         let mut out = vec![0; 24];
-        meter.read(step, y, 0, &mut out).unwrap();
+        meter.read(y, 0, &mut out).unwrap();
         (out, reading.totals())
     }
 

@@ -148,6 +148,9 @@ pub enum Weight {
     },
 }
 
+/// Marks an id of [`Op::Embed`] as a row of the last step's results.
+pub const CHOSEN: u32 = 1 << 31;
+
 /// Who each row of a step is: ragged sequences, prefill and decode mixed. Rows of one sequence stand together, in the
 /// order of their positions, and appear both row by row and as spans: elementwise kernels want the former, attention
 /// tiles the latter.
@@ -193,8 +196,11 @@ pub struct Kv {
 pub enum Op {
     /// `out[i] = table[ids[i]]`.
     Embed {
-        /// `[m, 1]` u32.
+        /// `[m, 1]` u32: tokens; or [`CHOSEN`] + a row of `sampled`, for the token that the last step chose there.
         ids: Buf,
+        /// `[w, 44]` u32: [`crate::sampler::Sampled`], what the last step's `Sample` wrote. So a step can be queued before
+        /// the host knows what the one before it chose. A row that chose none stands for token 0: it failed.
+        sampled: Buf,
         /// `[vocab, d]` f32 or bf16.
         table: Buf,
         /// `[m, d]` f32: the residual stream.
@@ -349,7 +355,7 @@ impl Op {
     /// The buffers that the op reads and does not write.
     pub fn reads(&self) -> Vec<Buf> {
         match *self {
-            Op::Embed { ids, table, .. } => vec![ids, table],
+            Op::Embed { ids, sampled, table, .. } => vec![ids, sampled, table],
             Op::RmsNorm { x, gamma, .. } => vec![x, gamma],
             Op::Quantize { x, .. } | Op::AbsMax { x, .. } => vec![x],
             Op::Linear { x, w, .. } => [x.bufs(), w.bufs()].concat(),
@@ -418,9 +424,9 @@ impl Program {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Plan(pub u32);
 
-/// A run that was queued; later runs of the same backend have later steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Step(pub u64);
+/// A copy to the host that was queued, of one backend; see [`Backend::fetch`].
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Fetch(pub u64);
 
 /// What a backend runs on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -437,7 +443,7 @@ pub struct DeviceInfo {
     pub native_fp8: bool,
 }
 
-/// A device that runs programs. Calls are in program order; only [`Backend::read`] waits.
+/// A device that runs programs. Runs, writes and copies happen in the order of the calls; only [`Backend::take`] waits.
 pub trait Backend: Send {
     /// Name, driver, memory, native or emulated FP8.
     fn describe(&self) -> DeviceInfo;
@@ -464,9 +470,23 @@ pub trait Backend: Send {
     /// Prepares a program; fails here, naming the op and the reason, rather than at the first token.
     fn record(&mut self, program: &Program) -> Result<Plan>;
 
-    /// Queues a run; does not wait.
-    fn run(&mut self, plan: Plan) -> Result<Step>;
+    /// Queues a run; does not wait, unless the backend has no queue.
+    fn run(&mut self, plan: Plan) -> Result<()>;
 
-    /// Waits for `after`, then copies the bytes of a buffer from byte `offset` on.
-    fn read(&mut self, after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()>;
+    /// True where [`Backend::run`] returns before the work is done, so that the host can prepare the next step meanwhile.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    /// Queues a copy of `bytes` bytes of a buffer from byte `offset` on, as all runs so far leave them.
+    fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch>;
+
+    /// Waits for a copy, and for nothing that was queued behind it; `into` has the size that was asked for.
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()>;
+
+    /// The two together.
+    fn read(&mut self, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
+        let fetch = self.fetch(src, offset, into.len())?;
+        self.take(fetch, into)
+    }
 }

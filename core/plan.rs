@@ -6,7 +6,7 @@ use crate::checkpoint::Checkpoint;
 use crate::engine::{EngineOptions, sizes};
 use crate::error::{Error, Result};
 use crate::llama::{Llama, Sizes};
-use crate::op::{Backend, Buf, BufDesc, DType, DeviceInfo, Op, Plan, Program, Step, Weight};
+use crate::op::{Backend, Buf, BufDesc, DType, DeviceInfo, Fetch, Op, Plan, Program, Weight};
 
 /// What a model with some options takes of a device's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,11 +146,15 @@ impl Backend for Counter {
         Self::refuse()
     }
 
-    fn run(&mut self, _: Plan) -> Result<Step> {
+    fn run(&mut self, _: Plan) -> Result<()> {
         Self::refuse()
     }
 
-    fn read(&mut self, _: Step, _: Buf, _: usize, _: &mut [u8]) -> Result<()> {
+    fn fetch(&mut self, _: Buf, _: usize, _: usize) -> Result<Fetch> {
+        Self::refuse()
+    }
+
+    fn take(&mut self, _: Fetch, _: &mut [u8]) -> Result<()> {
         Self::refuse()
     }
 }

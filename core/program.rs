@@ -50,8 +50,9 @@ type Why<T = ()> = std::result::Result<T, String>;
 impl<'a, D: Fn(Buf) -> Option<&'a BufDesc>> Check<'_, D> {
     fn line(&self, line: &Line) -> Why {
         match line.op {
-            Op::Embed { ids, table, out } => {
+            Op::Embed { ids, sampled, table, out } => {
                 self.step(ids, "ids", U32, 1, Axis::Rows)?;
+                self.step(sampled, "sampled", U32, size_of::<Sampled>() / 4, Axis::Wanted)?;
                 let d = self.step_any(out, "out", F32, Axis::Rows)?.cols;
                 self.fixed(table, "table", REAL, d).map(drop)
             }

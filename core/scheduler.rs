@@ -6,17 +6,21 @@
 //! taken as they are needed. Where none is left, the sequence that came last gives up its place and its pages, and is
 //! computed again later: the oldest always gets on, so all do. Whole pages that are computed already are found by the
 //! hash of their prefix; a sequence whose next page is just being computed by another waits for that.
+//!
+//! A step may be planned before the one before it is done: its last token is then in place of what that will choose
+//! ([`CHOSEN`]), and a page is kept for others only when its tokens are known.
 
 use std::collections::VecDeque;
 
 use crate::kv::{Pages, PrefixHash, PrefixHasher};
+use crate::op::CHOSEN;
 
 /// A sequence as the scheduler sees it.
 #[derive(Clone, Debug)]
 pub struct Sequence {
-    /// Prompt, then what was generated.
+    /// Prompt, then what was generated. The last one may stand for what a step under way will choose.
     pub tokens: Vec<u32>,
-    /// Tokens whose keys and values are in the cache.
+    /// Tokens whose keys and values are in the cache, or will be when the steps under way are done.
     pub computed: usize,
     /// Tokens that it may come to have.
     pub limit: usize,
@@ -28,6 +32,8 @@ pub struct Sequence {
     pub reuse: bool,
     /// Of each whole page, as far as they are known.
     hashes: Vec<PrefixHash>,
+    /// How many of its pages others can find.
+    kept: usize,
     /// Its place in the order of arrival.
     arrival: u64,
 }
@@ -35,7 +41,8 @@ pub struct Sequence {
 impl Sequence {
     /// A waiting sequence with a prompt, which may grow to `limit` tokens.
     pub fn new(tokens: Vec<u32>, limit: usize, reuse: bool) -> Self {
-        Sequence { tokens, computed: 0, limit, slot: None, pages: Vec::new(), reuse, hashes: Vec::new(), arrival: 0 }
+        let (pages, hashes) = (Vec::new(), Vec::new());
+        Sequence { tokens, computed: 0, limit, slot: None, pages, reuse, hashes, kept: 0, arrival: 0 }
     }
 
     /// The row of the page table of a sequence that is running.
@@ -51,8 +58,13 @@ impl Sequence {
         }
     }
 
+    /// Tokens to compute.
     fn left(&self) -> usize {
-        self.tokens.len() - self.computed
+        match self.tokens.last() {
+            // A step under way chooses the last token: nothing comes behind it.
+            Some(token) if token & CHOSEN != 0 && self.tokens.len() >= self.limit => 0,
+            _ => self.tokens.len() - self.computed,
+        }
     }
 }
 
@@ -132,9 +144,10 @@ impl<Id: Copy + PartialEq> Scheduler<Id> {
         &self.pages
     }
 
-    /// A running sequence.
+    /// A sequence, running or waiting.
     pub fn get_mut(&mut self, id: Id) -> Option<&mut Sequence> {
-        self.running.iter_mut().find(|(have, _)| *have == id).map(|(_, sequence)| sequence)
+        let mut all = self.running.iter_mut().chain(&mut self.waiting);
+        all.find(|(have, _)| *have == id).map(|(_, sequence)| sequence)
     }
 
     /// Removes a sequence, waiting or running, and frees what it held.
@@ -189,6 +202,7 @@ impl<Id: Copy + PartialEq> Scheduler<Id> {
             sequence.pages = taken.collect();
             sequence.pages.extend(self.pages.alloc(need).expect("that many are free"));
             sequence.computed = found.len() * self.pages.page_tokens();
+            sequence.kept = found.len();
             sequence.slot = Some(slot);
             let at = self.running.partition_point(|(_, other)| other.arrival < sequence.arrival);
             self.running.insert(at, (id, sequence));
@@ -211,8 +225,7 @@ impl<Id: Copy + PartialEq> Scheduler<Id> {
     /// True where a running sequence is about to compute the page behind those that were found.
     fn is_being_computed(&self, sequence: &Sequence, found: usize) -> bool {
         let Some(hash) = self.reusable(sequence).get(found) else { return false };
-        let end = (found + 1) * self.pages.page_tokens();
-        self.running.iter().any(|(_, other)| other.hashes.get(found) == Some(hash) && other.computed < end)
+        self.running.iter().any(|(_, other)| other.hashes.get(found) == Some(hash) && other.kept <= found)
     }
 
     /// Takes the pages that the next step needs, from the sequences that came last where none is free. Gives the
@@ -222,7 +235,7 @@ impl<Id: Copy + PartialEq> Scheduler<Id> {
         let mut i = 0;
         while i < self.running.len() {
             let (id, sequence) = &mut self.running[i];
-            if self.pages.pages_for(sequence.tokens.len()) <= sequence.pages.len() {
+            if sequence.left() == 0 || self.pages.pages_for(sequence.tokens.len()) <= sequence.pages.len() {
                 i += 1;
                 continue;
             }
@@ -242,7 +255,7 @@ impl<Id: Copy + PartialEq> Scheduler<Id> {
     fn preempt(&mut self) {
         let Some((id, mut sequence)) = self.running.pop() else { return };
         self.free(&mut sequence);
-        sequence.computed = 0;
+        (sequence.computed, sequence.kept) = (0, 0);
         self.preemptions += 1;
         let at = self.waiting.partition_point(|(_, other)| other.arrival < sequence.arrival);
         self.waiting.insert(at, (id, sequence));
@@ -274,18 +287,17 @@ impl<Id: Copy + PartialEq> Scheduler<Id> {
         shares
     }
 
-    /// Books that a running sequence's next `rows` tokens were computed; whole pages are kept for others.
-    pub fn advance(&mut self, id: Id, rows: usize) {
+    /// Books that a sequence's tokens were computed up to `end`: its whole pages are kept for others.
+    pub fn keep(&mut self, id: Id, end: usize) {
         let Some((_, sequence)) = self.running.iter_mut().find(|(have, _)| *have == id) else { return };
         let page = self.pages.page_tokens();
-        let before = sequence.computed / page;
-        sequence.computed += rows;
-        let whole = sequence.computed / page;
+        let whole = end / page;
         sequence.hash(self.hasher.as_ref(), page, whole);
         // Without a hasher there are no hashes.
-        for (&page, &hash) in sequence.pages.iter().zip(&sequence.hashes).take(whole).skip(before) {
+        for (&page, &hash) in sequence.pages.iter().zip(&sequence.hashes).take(whole).skip(sequence.kept) {
             self.pages.keep(page, hash);
         }
+        sequence.kept = sequence.kept.max(whole);
     }
 }
 
@@ -308,11 +320,13 @@ mod tests {
         s.grow();
         let shares = s.plan();
         for share in &shares {
-            s.advance(share.id, share.rows);
             let sequence = s.get_mut(share.id).unwrap();
+            sequence.computed += share.rows;
+            let end = sequence.computed;
             if sequence.left() == 0 {
                 sequence.tokens.push(7);
             }
+            s.keep(share.id, end);
         }
         shares
     }

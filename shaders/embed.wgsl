@@ -1,4 +1,4 @@
-// embed: out[m, COLS] f32 = table[ids[m]], f32 or bf16. Reference: reference::embed
+// embed: out[m, COLS] f32 = table[ids[m]], f32 or bf16; an id with bit 31 is a row of `sampled`. Reference: reference::embed
 // The binding holds `rows` rows of the table from `first` on; ids of other rows are left to the slices that hold them.
 // grid (m), a workgroup a row.
 
@@ -15,7 +15,16 @@ override TABLE: u32;  // its dtype
 @group(0) @binding(1) var<storage, read> live: array<u32>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;  // [m, row_words(F32, COLS) / 4]
 @group(0) @binding(3) var<storage, read> ids: array<u32>;  // [m]
-@group(0) @binding(4) var<storage, read> table: array<u32>;  // [rows, row_words(TABLE, COLS)]
+@group(0) @binding(4) var<storage, read> sampled: array<u32>;  // [w, 44], the token first
+@group(0) @binding(5) var<storage, read> table: array<u32>;  // [rows, row_words(TABLE, COLS)]
+
+fn token(id: u32) -> u32 {
+  if (id >> 31u == 0u) {
+    return id;
+  }
+  let chosen = sampled[(id & 0x7fffffffu) * 44u];
+  return select(chosen, 0u, chosen == 0xffffffffu);
+}
 
 @compute @workgroup_size(WG)
 fn embed(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -23,7 +32,7 @@ fn embed(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
   if (row >= live[0]) {
     return;
   }
-  let source = ids[row] - p.first;
+  let source = token(ids[row]) - p.first;
   if (source >= p.rows) {
     return;
   }

@@ -16,6 +16,7 @@ use quaver_core::llama::{KvCache, Profile};
 use quaver_core::sampler::{RowParams, SamplingParams};
 use quaver_core::service::Service;
 use support::checkpoints;
+use support::queued::Queued;
 use support::runner::Runner;
 use support::tiny::{CONTEXT, Inputs, Opened, Random, Tensor, Tiny, VOCAB};
 
@@ -66,6 +67,11 @@ fn bits(tokens: &[Token]) -> Vec<Bits> {
 
 fn engine_on(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
     Engine::new(checkpoint, quaver_backends::open(spec).unwrap(), options).unwrap()
+}
+
+/// The same, with the next step queued before the last one is settled.
+fn queued(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
+    Engine::new(checkpoint, Box::new(Queued(quaver_backends::open(spec).unwrap())), options).unwrap()
 }
 
 fn engine(checkpoint: &Checkpoint, options: &EngineOptions) -> Engine {
@@ -167,16 +173,14 @@ fn asked() -> impl Strategy<Value = Asked> {
     )
 }
 
-/// Greedy and seeded requests, with penalties and without, in any company.
+/// Greedy and seeded requests, with penalties and without, in any company, against each of them alone.
 fn assert_independent(
+    mut engine: Engine,
     kind: Kind,
     checkpoint: &Checkpoint,
     requests: &[Asked],
     options: &EngineOptions,
-    threads: usize,
 ) -> Result<(), TestCaseError> {
-    let spec = |threads| Spec { kind, threads: Some(threads), ..Spec::default() };
-    let mut engine = engine_on(checkpoint, &spec(threads), options);
     let mut ids: Vec<Option<RequestId>> = vec![None; requests.len()];
     let mut answers: BTreeMap<RequestId, Answer> = BTreeMap::new();
     let mut step = 0;
@@ -200,7 +204,7 @@ fn assert_independent(
     prop_assert_eq!(engine.pages().0, engine.pages().1);
     let mut alone = engine_on(
         checkpoint,
-        &spec(1),
+        &Spec { kind, threads: Some(1), ..Spec::default() },
         &EngineOptions { max_num_batched_tokens: 512, max_num_seqs: 1, prefix_caching: false, ..options.clone() },
     );
     for (id, request) in ids.iter().zip(requests) {
@@ -254,16 +258,21 @@ fn options() -> impl Strategy<Value = EngineOptions> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
     fn a_request_does_not_depend_on_its_neighbours(
         requests in prop::collection::vec(asked(), 1..10),
         options in options(),
         threads in 1usize..=2,
+        is_queued in any::<bool>(),
         inputs in prop_oneof![Just(Inputs::Static), Just(Inputs::Dynamic)],
     ) {
-        assert_independent(Kind::Cpu, &Tiny::fp8(inputs).open().checkpoint, &requests, &options, threads)?;
+        let tiny = Tiny::fp8(inputs).open();
+        let spec = Spec { threads: Some(threads), ..cpu() };
+        let open = if is_queued { queued } else { engine_on };
+        let engine = open(&tiny.checkpoint, &spec, &options);
+        assert_independent(engine, Kind::Cpu, &tiny.checkpoint, &requests, &options)?;
     }
 }
 
@@ -275,7 +284,9 @@ proptest! {
         requests in prop::collection::vec(asked(), 1..6),
         options in options(),
     ) {
-        assert_independent(Kind::Reference, &tiny().checkpoint, &requests, &options, 1)?;
+        let tiny = tiny();
+        let engine = engine_on(&tiny.checkpoint, &Kind::Reference.into(), &options);
+        assert_independent(engine, Kind::Reference, &tiny.checkpoint, &requests, &options)?;
     }
 }
 
@@ -597,6 +608,41 @@ fn biases_move_the_choice_and_leave_log_probabilities_alone() {
     assert_eq!((answer.tokens[0].id, answer.tokens[0].logprob, answer.tokens[0].rank), (second.0, second.1, 2));
     let nothing = SamplingParams { logit_bias: vec![(3, 0.0)], ..greedy(9) };
     assert_eq!(ask(&mut engine, &[5, 6, 7], &nothing).bits(), ask(&mut engine, &[5, 6, 7], &greedy(9)).bits());
+}
+
+#[test]
+fn tokens_that_the_host_chose_are_penalized_by_the_device_as_well() {
+    let tiny = tiny();
+    let mut engine = engine(&tiny.checkpoint, &one());
+    let penalized = SamplingParams { repetition_penalty: 1.8, frequency_penalty: 1.5, ignore_eos: true, ..greedy(30) };
+    let want = ask(&mut engine, &[5, 6, 7], &penalized);
+    let free = ask(&mut engine, &[5, 6, 7], &SamplingParams { ignore_eos: true, ..greedy(30) });
+    assert_ne!(want.ids(), free.ids(), "the penalties change nothing here");
+    for min_tokens in [1, 4, 29] {
+        let answer = ask(&mut engine, &[5, 6, 7], &SamplingParams { min_tokens, ..penalized.clone() });
+        assert_eq!(answer.bits(), want.bits(), "the first {min_tokens} chosen on the host");
+    }
+}
+
+#[test]
+fn a_step_is_queued_before_the_last_one_is_settled_where_the_device_has_a_queue() {
+    let tiny = tiny();
+    let params = SamplingParams { ignore_eos: true, ..greedy(3) };
+    let want = ask(&mut engine(&tiny.checkpoint, &one()), &[5, 6, 7], &params);
+    let mut engine = queued(&tiny.checkpoint, &cpu(), &one());
+    let id = engine.submit(&[5, 6, 7], params).unwrap();
+    let mut answer = Answer::default();
+    // Steps that were queued, and tokens that are known, behind each call.
+    let mut seen = Vec::new();
+    while !engine.is_idle() {
+        for (of, output) in engine.step().unwrap() {
+            assert_eq!(of, id);
+            answer.take(output);
+        }
+        seen.push((engine.stats().steps, answer.tokens.len()));
+    }
+    assert_eq!(seen, [(1, 0), (2, 1), (3, 2), (3, 3)], "and none is queued behind the last");
+    assert_eq!(answer.bits(), want.bits());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use quaver_core::{Error, Result};
 
 use super::compiler::Compiler;
 use super::device::{BOX_WIDTH, Device, Launch, Matrix};
-use super::sys::{self, Function, Graph, Module, Properties};
+use super::sys::{self, Function, Graph, Module, Properties, Readback};
 use super::tuning::{MOST_SPLITS, Tuning, Variant};
 
 /// What the backend is called.
@@ -78,6 +78,10 @@ pub struct Card {
     /// Entry points, and the most shared memory that each may be launched with.
     functions: HashMap<String, (Function, u32)>,
     graphs: Vec<Graph>,
+    /// Memory for copies to the host: of those under way, and the rest.
+    fetched: HashMap<u64, Readback>,
+    readbacks: Vec<Readback>,
+    fetches: u64,
     /// Bytes that may still be allocated.
     budget: u64,
 }
@@ -94,8 +98,19 @@ impl Card {
         // What others have taken counts.
         let budget = ((total as f64 * share) as u64).saturating_sub(total - free);
         let tuning = Tuning { variant, processors: properties.processors, most_splits: MOST_SPLITS };
-        let (modules, functions) = (HashMap::new(), HashMap::new());
-        Ok((Card { info, card: opened, compiler, modules, functions, graphs: Vec::new(), budget }, tuning))
+        let card = Card {
+            info,
+            card: opened,
+            compiler,
+            modules: HashMap::new(),
+            functions: HashMap::new(),
+            graphs: Vec::new(),
+            fetched: HashMap::new(),
+            readbacks: Vec::new(),
+            fetches: 0,
+            budget,
+        };
+        Ok((card, tuning))
     }
 
     fn error(&self, why: impl Into<String>) -> Error {
@@ -154,8 +169,28 @@ impl Device for Card {
         self.card.write(address, bytes).map_err(|why| self.error(why))
     }
 
-    fn read(&mut self, address: u64, into: &mut [u8]) -> Result<()> {
-        self.card.read(address, into).map_err(|why| self.error(why))
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<u64> {
+        let bytes = pieces.iter().map(|(_, len)| len).sum();
+        let found = self.readbacks.iter().position(|readback| readback.bytes() >= bytes);
+        let readback = match found {
+            Some(i) => self.readbacks.swap_remove(i),
+            None => self.card.readback(bytes).map_err(|why| self.error(why))?,
+        };
+        self.card.fetch(&readback, pieces).map_err(|why| self.error(why))?;
+        self.fetches += 1;
+        self.fetched.insert(self.fetches, readback);
+        Ok(self.fetches)
+    }
+
+    fn take(&mut self, fetch: u64, into: &mut [u8]) -> Result<()> {
+        let readback = self.fetched.remove(&fetch).ok_or_else(|| self.error(format!("there is no copy {fetch}")))?;
+        self.card.take(&readback, into).map_err(|why| self.error(why))?;
+        self.readbacks.push(readback);
+        Ok(())
     }
 
     fn map(&self, &Matrix { address, width, rows, box_rows }: &Matrix) -> Result<Box<[u64; 16]>> {

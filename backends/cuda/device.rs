@@ -60,8 +60,14 @@ pub trait Device: Send {
     /// Writes before whatever is queued after.
     fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Waits for all that is queued, then reads.
-    fn read(&mut self, address: u64, into: &mut [u8]) -> Result<()>;
+    /// True where [`Device::run`] returns before the work is done.
+    fn is_asynchronous(&self) -> bool;
+
+    /// Queues copies of (address, bytes), one behind the other, to the host; numbers them.
+    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<u64>;
+
+    /// Waits for what [`Device::fetch`] queued; `into` is as long as the pieces are together.
+    fn take(&mut self, fetch: u64, into: &mut [u8]) -> Result<()>;
 
     /// The tensor map of a matrix.
     fn map(&self, matrix: &Matrix) -> Result<Box<[u64; 16]>>;

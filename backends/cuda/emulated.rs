@@ -1,6 +1,7 @@
 //! The emulator as a device: the kernels, compiled by the machine's C++ compiler, in a process of their own
 //! (`kernels/emulator`). Its program is compiled once and kept in the cache folder, under a name that its sources give it.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,9 @@ pub struct Emulator {
     commands: BufWriter<ChildStdin>,
     answers: BufReader<ChildStdout>,
     plans: Vec<Vec<Launch>>,
+    /// Copies that were not taken yet.
+    fetched: HashMap<u64, Vec<u8>>,
+    fetches: u64,
 }
 
 impl Emulator {
@@ -42,7 +46,8 @@ impl Emulator {
             native_fp8: false,
         };
         let (commands, answers) = (BufWriter::new(stdin), BufReader::new(stdout));
-        let mut emulator = Emulator { info, process, commands, answers, plans: Vec::new() };
+        let (plans, fetched) = (Vec::new(), HashMap::new());
+        let mut emulator = Emulator { info, process, commands, answers, plans, fetched, fetches: 0 };
         emulator.command(b's', &[schedule]).map_err(|e| emulator.failure(&e))?;
         Ok(emulator)
     }
@@ -111,9 +116,28 @@ impl Device for Emulator {
         written.map_err(|e| self.failure(&e))
     }
 
-    fn read(&mut self, address: u64, into: &mut [u8]) -> Result<()> {
-        let asked = self.command(b'r', &[address, into.len() as u64]).and_then(|()| self.commands.flush());
-        asked.and_then(|()| self.answers.read_exact(into)).map_err(|e| self.failure(&e))
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<u64> {
+        let mut bytes = vec![0; pieces.iter().map(|(_, len)| len).sum()];
+        let mut rest = &mut bytes[..];
+        for &(address, len) in pieces {
+            let into = rest.split_off_mut(..len).expect("as long as all pieces");
+            let asked = self.command(b'r', &[address, len as u64]).and_then(|()| self.commands.flush());
+            asked.and_then(|()| self.answers.read_exact(into)).map_err(|e| self.failure(&e))?;
+        }
+        self.fetches += 1;
+        self.fetched.insert(self.fetches, bytes);
+        Ok(self.fetches)
+    }
+
+    fn take(&mut self, fetch: u64, into: &mut [u8]) -> Result<()> {
+        let bytes = self.fetched.remove(&fetch).filter(|bytes| bytes.len() == into.len());
+        let none = || Error::device(NAME, format!("there is no copy {fetch} of {} bytes", into.len()));
+        into.copy_from_slice(&bytes.ok_or_else(none)?);
+        Ok(())
     }
 
     fn map(&self, matrix: &Matrix) -> Result<Box<[u64; 16]>> {

@@ -61,8 +61,9 @@ impl Lower<'_> {
     fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
         let live = Arg::Buf(self.program.live);
         Ok(match *op {
-            Op::Embed { ids, table, out } => {
-                let args = [live, Arg::Buf(ids), Arg::Buf(table), self.code(table), Arg::Buf(out), self.columns(out)];
+            Op::Embed { ids, sampled, table, out } => {
+                let [ids, sampled, from, to] = [ids, sampled, table, out].map(Arg::Buf);
+                let args = [live, ids, sampled, from, self.code(table), to, self.columns(out)];
                 vec![Kernel::new("embed", [self.rows(out), 1, 1], 256, args)]
             }
             Op::RmsNorm { x, gamma, eps, out } => {

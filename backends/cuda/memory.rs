@@ -102,16 +102,13 @@ impl Memory {
         Ok(())
     }
 
-    /// Waits for the device, then copies bytes of a buffer.
-    pub fn read(&self, device: &mut dyn Device, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
-        let range = offset..offset + into.len();
+    /// Queues a copy of bytes of a buffer.
+    pub fn fetch(&self, device: &mut dyn Device, src: Buf, range: Range<usize>) -> Result<u64> {
         let Some(layout) = self.layouts.find(src).filter(|layout| range.end <= layout.desc.bytes()) else {
             return Err(error(device, format!("bytes {range:?} of buffer {} cannot be read", src.0)));
         };
-        for (at, part) in runs(layout, range) {
-            device.read(self.address(src) + at, &mut into[part])?;
-        }
-        Ok(())
+        let address = self.address(src);
+        device.fetch(&runs(layout, range).map(|(at, part)| (address + at, part.len())).collect::<Vec<_>>())
     }
 }
 

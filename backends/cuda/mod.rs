@@ -17,7 +17,7 @@ mod sys;
 mod tuning;
 
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Op, Plan, Program, Step};
+use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Op, Plan, Program};
 use quaver_core::{Error, Result};
 
 use self::card::Card;
@@ -43,7 +43,6 @@ pub struct Cuda {
     /// which is the largest.
     scratch: (u64, u64),
     plans: Vec<Recorded>,
-    steps: u64,
 }
 
 /// A program on the device.
@@ -56,7 +55,7 @@ struct Recorded {
 
 impl Cuda {
     fn new(device: Box<dyn Device>, tuning: Tuning) -> Self {
-        Cuda { device, tuning, memory: Memory::default(), scratch: (0, 0), plans: Vec::new(), steps: 0 }
+        Cuda { device, tuning, memory: Memory::default(), scratch: (0, 0), plans: Vec::new() }
     }
 
     /// Opens a card of [`card::all`] with a variant of the kernels by its name, the best where None, and may use a share of
@@ -178,7 +177,7 @@ impl Backend for Cuda {
         Ok(Plan(self.plans.len() as u32 - 1))
     }
 
-    fn run(&mut self, plan: Plan) -> Result<Step> {
+    fn run(&mut self, plan: Plan) -> Result<()> {
         let Some(Recorded { plan, live, most }) = self.plans.get(plan.0 as usize) else {
             return Err(error(&*self.device, format!("there is no plan {}", plan.0)));
         };
@@ -187,12 +186,18 @@ impl Backend for Cuda {
             let why = format!("a step of {live:?} rows, wanted ones and spans, in a program of {most:?}");
             return Err(error(&*self.device, why));
         }
-        self.device.run(*plan)?;
-        self.steps += 1;
-        Ok(Step(self.steps))
+        self.device.run(*plan)
     }
 
-    fn read(&mut self, _after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
-        self.memory.read(&mut *self.device, src, offset, into)
+    fn is_asynchronous(&self) -> bool {
+        self.device.is_asynchronous()
+    }
+
+    fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
+        self.memory.fetch(&mut *self.device, src, offset..offset + bytes).map(Fetch)
+    }
+
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
+        self.device.take(fetch.0, into)
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use quaver_core::{Error, Result};
 
-use super::device::{Launch, Value};
+use super::device::{Device, Launch, Value};
 use super::tuning::Variant;
 use super::{Cuda, Properties};
 use crate::peaks::{Peaks, seconds};
@@ -68,11 +68,14 @@ impl Cuda {
         let Some(Value::Word(out)) = launch.args.last().cloned() else { unreachable!("it is the address of a word") };
         seconds(|repeats| {
             let plan = self.device.prepare(vec![launch.clone(); repeats as usize])?;
-            let mut word = [0; 4];
-            self.device.read(out, &mut word)?;
+            let wait = |device: &mut dyn Device| {
+                let fetch = device.fetch(&[(out, 4)])?;
+                device.take(fetch, &mut [0; 4])
+            };
+            wait(&mut *self.device)?;
             let start = Instant::now();
             self.device.run(plan)?;
-            self.device.read(out, &mut word)?;
+            wait(&mut *self.device)?;
             Ok(start.elapsed())
         })
     }
@@ -93,7 +96,8 @@ mod tests {
             let mut found = |plan| {
                 let mut word = [0; 4];
                 cuda.device.run(plan).unwrap();
-                cuda.device.read(out, &mut word).unwrap();
+                let fetch = cuda.device.fetch(&[(out, 4)]).unwrap();
+                cuda.device.take(fetch, &mut word).unwrap();
                 let was = u32::from_ne_bytes(word);
                 cuda.device.write(out, &[0; 4]).unwrap();
                 // The last vector of all.

@@ -87,6 +87,8 @@ pub struct Card {
     stream: cu::CUstream,
     /// The addresses of all memory.
     memory: Vec<u64>,
+    /// Pinned memory of the host, and the event behind the last copy to it.
+    pinned: Vec<(*mut c_void, cu::CUevent)>,
 }
 
 // SAFETY: the driver's handles may be used from any thread; what is a thread's own, the current context, is set by every
@@ -100,6 +102,23 @@ pub struct Function(cu::CUfunction);
 // SAFETY: as for `Card`, without which it cannot be launched.
 unsafe impl Send for Function {}
 
+/// Pinned memory of the host that copies go to, and the event behind the last of them.
+pub struct Readback {
+    memory: *mut u8,
+    bytes: usize,
+    done: cu::CUevent,
+}
+
+// SAFETY: as for `Card`, without which nobody can look at the memory.
+unsafe impl Send for Readback {}
+
+impl Readback {
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
 /// Launches that were captured.
 pub struct Graph(cu::CUgraphExec);
 
@@ -112,7 +131,7 @@ impl Card {
         let device = driver::device::get(card as c_int).map_err(say)?;
         // SAFETY: `device` is what the driver just gave; the context is kept, and never released.
         let context = unsafe { driver::primary_ctx::retain(device) }.map_err(say)?;
-        let mut opened = Card { context, stream: ptr::null_mut(), memory: Vec::new() };
+        let mut opened = Card { context, stream: ptr::null_mut(), memory: Vec::new(), pinned: Vec::new() };
         opened.enter()?;
         opened.stream = driver::stream::create(driver::stream::StreamKind::NonBlocking).map_err(say)?;
         Ok(opened)
@@ -149,14 +168,48 @@ impl Card {
         unsafe { driver::memcpy_htod_async(address, bytes, self.stream) }.map_err(say)
     }
 
-    /// Waits for all that is queued, and copies from `address`, as [`Card::write`] says.
-    pub fn read(&self, address: u64, into: &mut [u8]) -> Result<()> {
+    /// Memory of the host for copies of so many bytes, for as long as the card is open.
+    pub fn readback(&mut self, bytes: usize) -> Result<Readback> {
         self.enter()?;
-        // SAFETY: `memory.rs` has compared the range with the buffer's size; `into` is borrowed until the copy is over.
-        unsafe {
-            driver::memcpy_dtoh_async(into, address, self.stream).map_err(say)?;
-            driver::stream::synchronize(self.stream).map_err(say)
+        // SAFETY: both are new, and freed when the card is dropped alone.
+        let memory = unsafe { driver::malloc_host(bytes.max(1), 0) }.map_err(say)?;
+        let done = driver::event::create(cu::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(say)?;
+        self.pinned.push((memory, done));
+        Ok(Readback { memory: memory.cast(), bytes, done })
+    }
+
+    /// Queues copies of (address, bytes) to `into`, one behind the other; addresses as [`Card::write`] says.
+    pub fn fetch(&self, into: &Readback, pieces: &[(u64, usize)]) -> Result<()> {
+        self.enter()?;
+        let mut at = 0;
+        for &(address, len) in pieces {
+            if at + len > into.bytes {
+                return Err(format!("copies of {} bytes and more do not fit {}", at + len, into.bytes));
+            }
+            // SAFETY: the memory is this card's own and as long as was just compared; nobody else looks at it until
+            // `take` has waited. `memory.rs` has compared the range with the buffer's size.
+            unsafe {
+                let to = std::slice::from_raw_parts_mut(into.memory.add(at), len);
+                driver::memcpy_dtoh_async(to, address, self.stream).map_err(say)?;
+            }
+            at += len;
         }
+        // SAFETY: event and stream are this card's own.
+        unsafe { driver::event::record(into.done, self.stream) }.map_err(say)
+    }
+
+    /// Waits for the copies of [`Card::fetch`], and for nothing behind them.
+    pub fn take(&self, from: &Readback, into: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        if into.len() > from.bytes {
+            return Err(format!("{} bytes were asked for, {} were copied", into.len(), from.bytes));
+        }
+        // SAFETY: the event is this card's own; behind it nothing writes to the memory, which is as long as was compared.
+        unsafe {
+            driver::event::synchronize(from.done).map_err(say)?;
+            into.copy_from_slice(std::slice::from_raw_parts(from.memory, into.len()));
+        }
+        Ok(())
     }
 
     /// Loads a module: a cubin, or PTX with a zero behind it.
@@ -249,6 +302,10 @@ impl Drop for Card {
             }
             for address in self.memory.drain(..) {
                 let _ = driver::free_sync(address);
+            }
+            for (memory, done) in self.pinned.drain(..) {
+                let _ = driver::free_host(memory);
+                let _ = driver::event::destroy(done);
             }
             let _ = driver::stream::destroy(self.stream);
         }

@@ -1,11 +1,12 @@
 //! A device and its queue. Whatever goes wrong on it (validation, memory, loss of the device) becomes an ordinary error
 //! that names adapter and driver.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ::wgpu::{
     Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceDescriptor, Features, MapMode, MemoryHints,
-    PollType, Queue, Trace,
+    PollType, Queue, SubmissionIndex, Trace,
 };
 use quaver_core::op::DeviceInfo;
 use quaver_core::{Error, Result};
@@ -20,8 +21,15 @@ pub struct Gpu {
     pub queue: Queue,
     /// What went wrong first, since it was last asked for.
     fault: Arc<Mutex<Option<String>>>,
-    /// Where results are read from, as large as the largest yet.
-    readback: Option<Buffer>,
+    /// Where results are read from, and nothing is under way.
+    readbacks: Vec<Buffer>,
+}
+
+/// A copy to the host that is under way.
+pub struct Readback {
+    buffer: Buffer,
+    bytes: u64,
+    submission: SubmissionIndex,
 }
 
 impl Gpu {
@@ -44,7 +52,7 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             note(&on_loss, format!("the device was lost ({reason:?}: {message}); start again, or take --backend cpu"));
         });
-        Ok(Gpu { info, device, queue, fault, readback: None })
+        Ok(Gpu { info, device, queue, fault, readbacks: Vec::new() })
     }
 
     /// An error that names adapter and driver.
@@ -75,23 +83,53 @@ impl Gpu {
         self.check()
     }
 
-    /// Waits for all that was submitted, and gives bytes of a buffer to `take`; offset and length are multiples of 4.
-    pub fn read(&mut self, from: &Buffer, offset: u64, len: u64, take: impl FnOnce(&[u8])) -> Result<()> {
-        let readback = match self.readback.take() {
-            Some(buffer) if buffer.size() >= len => buffer,
-            _ => self.buffer("readback", len, BufferUsages::COPY_DST | BufferUsages::MAP_READ)?,
+    /// Queues a copy of ranges of buffers, one behind the other, to the host; offsets and lengths are multiples of 4.
+    pub fn fetch(&mut self, pieces: &[(&Buffer, Range<u64>)]) -> Result<Readback> {
+        let bytes = pieces.iter().map(|(_, range)| range.end - range.start).sum();
+        let found = self.readbacks.iter().position(|buffer| buffer.size() >= bytes);
+        let buffer = match found {
+            Some(i) => self.readbacks.swap_remove(i),
+            None => {
+                // One that is too small is in nobody's way any more.
+                self.readbacks.pop();
+                self.buffer("readback", bytes, BufferUsages::COPY_DST | BufferUsages::MAP_READ)?
+            }
         };
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(from, offset, &readback, 0, len);
-        self.queue.submit([encoder.finish()]);
-        readback.map_async(MapMode::Read, 0..len, |_| ());
-        self.wait()?;
-        let view = readback.get_mapped_range(0..len).map_err(|e| self.error(e.to_string()))?;
-        take(&view);
-        drop(view);
-        readback.unmap();
-        self.readback = Some(readback);
+        let mut at = 0;
+        for (from, range) in pieces {
+            let len = range.end - range.start;
+            encoder.copy_buffer_to_buffer(from, range.start, &buffer, at, len);
+            at += len;
+        }
+        let submission = self.queue.submit([encoder.finish()]);
+        if bytes > 0 {
+            buffer.map_async(MapMode::Read, 0..bytes, |_| ());
+        }
+        self.check()?;
+        Ok(Readback { buffer, bytes, submission })
+    }
+
+    /// Waits for a copy, and gives its bytes to `take`.
+    pub fn take(&mut self, readback: Readback, take: impl FnOnce(&[u8])) -> Result<()> {
+        let Readback { buffer, bytes, submission } = readback;
+        let wait = PollType::Wait { submission_index: Some(submission), timeout: None };
+        self.device.poll(wait).map_err(|e| self.error(e.to_string()))?;
+        self.check()?;
+        if bytes > 0 {
+            let view = buffer.get_mapped_range(0..bytes).map_err(|e| self.error(e.to_string()))?;
+            take(&view);
+            drop(view);
+            buffer.unmap();
+        }
+        self.readbacks.push(buffer);
         self.check()
+    }
+
+    /// The two together, of one range.
+    pub fn read(&mut self, from: &Buffer, range: Range<u64>, take: impl FnOnce(&[u8])) -> Result<()> {
+        let readback = self.fetch(&[(from, range)])?;
+        self.take(readback, take)
     }
 }
 

@@ -90,7 +90,7 @@ impl Lower<'_> {
             return Err("rows of a single column".into());
         }
         Ok(match *op {
-            Op::Embed { ids, table, out } => self.embed(ids, table, out),
+            Op::Embed { ids, sampled, table, out } => self.embed(ids, sampled, table, out),
             Op::RmsNorm { x, gamma, eps, out } => {
                 let kernel = self.rows_kernel("rms_norm", x, out, vec![eps.to_bits()]);
                 vec![kernel.read(4, x).read(5, gamma)]
@@ -174,14 +174,14 @@ impl Lower<'_> {
         kernel.read(1, self.program.live).write(2, data).bind(3, scale)
     }
 
-    fn embed(&self, ids: Buf, table: Buf, out: Buf) -> Vec<Kernel> {
+    fn embed(&self, ids: Buf, sampled: Buf, table: Buf, out: Buf) -> Vec<Kernel> {
         let slices = self.layout(table).parts.iter().enumerate();
         let slice = |(part, rows): (usize, &std::ops::Range<usize>)| {
             let kernel =
                 Kernel::new("embed", [self.rows(out), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
             let kernel = kernel.constant("COLS", self.cols(out)).constant("TABLE", self.code(table));
             let kernel = kernel.params([rows.start as u32, rows.len() as u32]).read(1, self.program.live);
-            kernel.write(2, out).read(3, ids).bind(4, Binding::Read(table, part))
+            kernel.write(2, out).read(3, ids).read(4, sampled).bind(5, Binding::Read(table, part))
         };
         slices.map(slice).collect()
     }

@@ -9,7 +9,7 @@ use quaver_core::Result;
 use quaver_core::bytes::Bytes;
 use quaver_core::op::{Buf, BufDesc};
 
-use super::gpu::Gpu;
+use super::gpu::{Gpu, Readback};
 use super::layout::{Layout, Layouts};
 
 /// Bytes that an upload stages at a time.
@@ -133,7 +133,9 @@ impl Memory {
         let rows = offset / row..range.end.div_ceil(row);
         let mut whole = vec![0; rows.len() * row];
         if !(offset.is_multiple_of(row) && range.end.is_multiple_of(row)) {
-            self.read(gpu, dst, rows.start * row, &mut whole)?;
+            let start = rows.start * row;
+            let copy = self.fetch(gpu, dst, start..start + whole.len())?;
+            Self::take(gpu, copy, &mut whole)?;
         }
         whole[offset - rows.start * row..][..bytes.len()].copy_from_slice(bytes);
         self.upload(gpu, dst, rows.start, &whole)
@@ -156,52 +158,82 @@ impl Memory {
         gpu.check()
     }
 
-    /// Waits for the device, then copies bytes of a buffer.
-    pub fn read(&self, gpu: &mut Gpu, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
-        let range = offset..offset + into.len();
+    /// Queues a copy of bytes of a buffer.
+    pub fn fetch(&self, gpu: &mut Gpu, src: Buf, range: Range<usize>) -> Result<Copy> {
         let Some(layout) = self.layouts.find(src).filter(|layout| range.end <= layout.desc.bytes()) else {
             return Err(gpu.error(format!("bytes {range:?} of buffer {} cannot be read", src.0)));
         };
-        if into.is_empty() {
-            return gpu.wait();
-        }
-        let rows = offset / layout.row..range.end.div_ceil(layout.row);
+        let rows = range.start / layout.row..range.end.div_ceil(layout.row);
+        let (mut pieces, mut runs) = (Vec::new(), Vec::new());
         for (part, own) in layout.parts.iter().enumerate() {
             let rows = rows.start.max(own.start)..rows.end.min(own.end);
-            if rows.is_empty() {
+            if rows.is_empty() || range.is_empty() {
                 continue;
             }
-            // A plain buffer is read from the first byte on that is asked for, any other in whole rows.
             let device = (rows.start - own.start) * layout.stride..(rows.end - own.start) * layout.stride;
-            let (start, skip) = if layout.is_plain() {
-                let skip = range.start.saturating_sub(rows.start * layout.row) / 4 * 4;
-                (device.start + skip, skip)
-            } else {
-                (device.start, 0)
-            };
-            let end = match layout.is_plain() {
-                true => (device.end).min((range.end - own.start * layout.row).next_multiple_of(4)),
-                false => device.end,
-            };
-            let buffer = self.part(src, part);
-            let first = rows.start * layout.row + skip;
-            gpu.read(buffer, start as u64, (end - start).next_multiple_of(4) as u64, |bytes| {
-                match layout.is_plain() {
-                    true => copy(&range, into, first, bytes),
-                    false => {
-                        for (row, bytes) in rows.clone().zip(bytes.chunks_exact(layout.stride)) {
-                            copy(&range, into, row * layout.row, &bytes[..layout.row]);
-                        }
-                    }
+            let first = rows.start * layout.row;
+            // A plain buffer is read from the first word on that is asked for, any other in whole rows.
+            let (skip, end, run) = match layout.is_plain() {
+                true => {
+                    let skip = range.start.saturating_sub(first) / 4 * 4;
+                    let end = device.end.min((range.end - own.start * layout.row).next_multiple_of(4));
+                    (skip, end, end - device.start - skip)
                 }
-            })?;
+                false => (0, device.end, layout.row),
+            };
+            let start = device.start + skip;
+            let bytes = (end - start).next_multiple_of(4);
+            pieces.push((self.part(src, part), start as u64..(start + bytes) as u64));
+            runs.push(Run {
+                first: first + skip,
+                bytes,
+                run,
+                stride: if layout.is_plain() { bytes } else { layout.stride },
+            });
         }
-        Ok(())
+        Ok(Copy { readback: gpu.fetch(&pieces)?, range, runs })
+    }
+
+    /// Waits for a copy.
+    pub fn take(gpu: &mut Gpu, copy: Copy, into: &mut [u8]) -> Result<()> {
+        let Copy { readback, range, runs } = copy;
+        gpu.take(readback, |mut bytes| {
+            for Run { first, bytes: len, run, stride } in runs {
+                let (own, rest) = bytes.split_at(len);
+                for (i, own) in own.chunks(stride).enumerate() {
+                    place(&range, into, first + i * run, &own[..run.min(own.len())]);
+                }
+                bytes = rest;
+            }
+        })
     }
 }
 
+/// A copy of a range of a buffer that is under way.
+pub struct Copy {
+    readback: Readback,
+    range: Range<usize>,
+    runs: Vec<Run>,
+}
+
+impl Copy {
+    /// Bytes that were asked for.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+}
+
+/// Rows that lie one behind the other in a copy, `bytes` in all: `run` bytes every `stride`, which in the buffer, as the
+/// host sees it, follow each other from byte `first` on.
+struct Run {
+    first: usize,
+    bytes: usize,
+    run: usize,
+    stride: usize,
+}
+
 /// Copies what lies in `range` of `bytes`, which begin at `first`, to its place in `into`.
-fn copy(range: &Range<usize>, into: &mut [u8], first: usize, bytes: &[u8]) {
+fn place(range: &Range<usize>, into: &mut [u8], first: usize, bytes: &[u8]) {
     let (start, end) = (first.max(range.start), (first + bytes.len()).min(range.end));
     if start < end {
         into[start - range.start..end - range.start].copy_from_slice(&bytes[start - first..end - first]);

@@ -14,13 +14,15 @@ pub mod peaks;
 mod pipelines;
 pub mod tuning;
 
+use std::collections::HashMap;
+
 use ::wgpu::{
     Adapter, BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferSize,
     BufferUsages, ComputePassDescriptor, ComputePipeline, Features,
 };
 use bytemuck::cast_slice;
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Op, Plan, Program, Step};
+use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Op, Plan, Program};
 use quaver_core::{Error, Result, e4m3};
 
 use crate::layout::{self, Layout, Layouts};
@@ -29,7 +31,7 @@ use self::cache::Cache;
 use self::gpu::Gpu;
 use self::kernel::{Binding, Kernel};
 pub use self::lower::e4m3_codes;
-use self::memory::Memory;
+use self::memory::{Copy, Memory};
 use self::pipelines::Pipelines;
 use self::tuning::Tuning;
 
@@ -65,7 +67,9 @@ pub struct Wgpu {
     /// Bound where a kernel has a buffer that it does not use: read, written.
     unused: [Buffer; 2],
     plans: Vec<Recorded>,
-    steps: u64,
+    /// Copies to the host that were not taken yet.
+    copies: HashMap<Fetch, Copy>,
+    fetches: u64,
 }
 
 /// A program on the device.
@@ -105,7 +109,8 @@ impl Wgpu {
             scratch: Vec::new(),
             unused,
             plans: Vec::new(),
-            steps: 0,
+            copies: HashMap::new(),
+            fetches: 0,
         };
         wgpu.tuning.fast_e4m3 = wgpu.decodes_fast()?;
         if !wgpu.tuning.fast_e4m3 {
@@ -131,7 +136,7 @@ impl Wgpu {
         self.submit(&[dispatch])?;
         let scratch = self.scratch(1024)?;
         let mut is_exact = true;
-        self.gpu.read(&scratch, 0, 1024, |bytes| {
+        self.gpu.read(&scratch, 0..1024, |bytes| {
             let want = |code: usize| match code {
                 0x7f => 480.0,
                 0xff => -480.0,
@@ -255,7 +260,7 @@ impl Backend for Wgpu {
         Ok(Plan(self.plans.len() as u32 - 1))
     }
 
-    fn run(&mut self, plan: Plan) -> Result<Step> {
+    fn run(&mut self, plan: Plan) -> Result<()> {
         let Some(Recorded { dispatches, live, most }) = self.plans.get(plan.0 as usize) else {
             return Err(self.gpu.error(format!("there is no plan {}", plan.0)));
         };
@@ -264,12 +269,24 @@ impl Backend for Wgpu {
             let why = format!("a step of {live:?} rows, wanted ones and spans, in a program of {most:?}");
             return Err(self.gpu.error(why));
         }
-        self.submit(dispatches)?;
-        self.steps += 1;
-        Ok(Step(self.steps))
+        self.submit(dispatches)
     }
 
-    fn read(&mut self, _after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
-        self.memory.read(&mut self.gpu, src, offset, into)
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
+        let copy = self.memory.fetch(&mut self.gpu, src, offset..offset + bytes)?;
+        self.fetches += 1;
+        self.copies.insert(Fetch(self.fetches), copy);
+        Ok(Fetch(self.fetches))
+    }
+
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
+        match self.copies.remove(&fetch) {
+            Some(copy) if copy.len() == into.len() => Memory::take(&mut self.gpu, copy, into),
+            _ => Err(self.gpu.error(format!("there is no copy {} of {} bytes", fetch.0, into.len()))),
+        }
     }
 }

@@ -163,9 +163,9 @@ impl Scorer {
         }
         batch.write_wanted(&self.llama, &mut *self.backend, first, count)?;
         let plan = self.plan(if first == 0 { batch.rows() } else { 0 }, count)?;
-        let step = self.backend.run(plan)?;
+        self.backend.run(plan)?;
         self.logits.resize(count * self.llama.config.vocab, 0.0);
-        self.backend.read(step, self.llama.outputs.logits, 0, cast_slice_mut(&mut self.logits))?;
+        self.backend.read(self.llama.outputs.logits, 0, cast_slice_mut(&mut self.logits))?;
         match self.logits.iter().all(|x| x.is_finite()) {
             true => Ok(()),
             false => {

@@ -4,13 +4,16 @@
 mod memory;
 pub mod slices;
 
-use bytemuck::cast_slice_mut;
+use std::collections::HashMap;
+use std::ops::Range;
+
+use bytemuck::{cast_slice, cast_slice_mut};
 
 use self::memory::Memory;
 use self::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
-use crate::op::{Act, Backend, Buf, BufDesc, Cols, DeviceInfo, Heads, Op, Plan, Program, StaticScale, Step, Weight};
+use crate::op::{Act, Backend, Buf, BufDesc, Cols, DeviceInfo, Fetch, Heads, Op, Plan, Program, StaticScale, Weight};
 use crate::reference;
 use crate::sampler::{RowParams, Sampled};
 
@@ -78,8 +81,8 @@ pub trait Kernels: Send {
     }
 
     /// [`Op::Embed`].
-    fn embed(&mut self, ids: &[u32], table: Slice, d: usize, out: &mut [f32]) {
-        reference::embed(ids, table, d, out);
+    fn embed(&mut self, ids: &[u32], sampled: &[Sampled], table: Slice, d: usize, out: &mut [f32]) {
+        reference::embed(ids, sampled, table, d, out);
     }
     /// [`Op::RmsNorm`].
     fn rms_norm(&mut self, x: &[f32], gamma: &[f32], eps: f32, out: ActOut) {
@@ -116,7 +119,9 @@ pub struct HostBackend<K> {
     kernels: K,
     memory: Memory,
     plans: Vec<Recorded>,
-    steps: u64,
+    /// Copies that were not taken yet.
+    fetched: HashMap<Fetch, Vec<u8>>,
+    fetches: u64,
 }
 
 /// A program, and how many spans the smallest of its `spans` buffers holds.
@@ -136,11 +141,17 @@ struct Live {
 impl<K: Kernels> HostBackend<K> {
     /// A backend without buffers.
     pub fn new(kernels: K) -> Self {
-        HostBackend { kernels, memory: Memory::default(), plans: Vec::new(), steps: 0 }
+        HostBackend { kernels, memory: Memory::default(), plans: Vec::new(), fetched: HashMap::new(), fetches: 0 }
     }
 
     fn fail(&self, why: String) -> Error {
         Error::device(self.kernels.describe().backend, why)
+    }
+
+    fn bytes(&self, src: Buf, range: Range<usize>) -> Result<&[u8]> {
+        let is_whole = self.memory.find(src).is_some() && !self.memory.is_split(src);
+        let bytes = is_whole.then(|| self.memory.bytes(src)).and_then(|bytes| bytes.get(range.clone()));
+        bytes.ok_or_else(|| self.fail(format!("bytes {range:?} of buffer {} cannot be read", src.0)))
     }
 
     fn live(&self, Recorded { program, spans }: &Recorded) -> Result<Live> {
@@ -159,10 +170,11 @@ impl<K: Kernels> HostBackend<K> {
 
 fn execute(kernels: &mut impl Kernels, memory: &mut Memory, op: &Op, live: Live) {
     match *op {
-        Op::Embed { ids, table, out } => {
+        Op::Embed { ids, sampled, table, out } => {
             let d = memory.desc(out).cols;
             memory.write_rows(out, live.rows, |memory, out| {
-                kernels.embed(&memory.u32s(ids)[..live.rows], memory.slice(table), d, out.into_f32());
+                let (ids, sampled) = (&memory.u32s(ids)[..live.rows], cast_slice(memory.u32s(sampled)));
+                kernels.embed(ids, sampled, memory.slice(table), d, out.into_f32());
             });
         }
         Op::RmsNorm { x, gamma, eps, out } => {
@@ -213,7 +225,7 @@ fn execute(kernels: &mut impl Kernels, memory: &mut Memory, op: &Op, live: Live)
             memory.write_words(out, |memory, out| {
                 let logits = memory.rows(logits, live.wanted);
                 let Slice::F32(logits) = logits else { unreachable!("checked by record") };
-                let params = &bytemuck::cast_slice(memory.u32s(params))[..live.wanted];
+                let params = &cast_slice(memory.u32s(params))[..live.wanted];
                 kernels.sample(logits, params, &mut counts, &mut cast_slice_mut(out)[..live.wanted]);
             });
             memory.put(history, counts);
@@ -309,25 +321,32 @@ impl<K: Kernels> Backend for HostBackend<K> {
         Ok(Plan(self.plans.len() as u32 - 1))
     }
 
-    fn run(&mut self, plan: Plan) -> Result<Step> {
+    fn run(&mut self, plan: Plan) -> Result<()> {
         let Some(recorded) = self.plans.get(plan.0 as usize) else {
             return Err(self.fail(format!("there is no plan {}", plan.0)));
         };
         let live = self.live(recorded)?;
         let (memory, lines) = (&mut self.memory, &recorded.program.lines);
         self.kernels.step(|kernels| lines.iter().for_each(|line| execute(kernels, memory, &line.op, live)));
-        self.steps += 1;
-        Ok(Step(self.steps))
+        Ok(())
     }
 
-    fn read(&mut self, _after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
-        let range = offset..offset + into.len();
-        let is_whole = self.memory.find(src).is_some() && !self.memory.is_split(src);
-        let bytes = is_whole.then(|| self.memory.bytes(src)).and_then(|bytes| bytes.get(range.clone()));
-        match bytes {
-            Some(bytes) => into.copy_from_slice(bytes),
-            None => return Err(self.fail(format!("bytes {range:?} of buffer {} cannot be read", src.0))),
-        }
+    fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
+        let bytes = self.bytes(src, offset..offset + bytes)?.to_vec();
+        self.fetches += 1;
+        self.fetched.insert(Fetch(self.fetches), bytes);
+        Ok(Fetch(self.fetches))
+    }
+
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
+        let bytes = self.fetched.remove(&fetch).filter(|bytes| bytes.len() == into.len());
+        let bytes = bytes.ok_or_else(|| self.fail(format!("there is no copy {} of {} bytes", fetch.0, into.len())))?;
+        into.copy_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn read(&mut self, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
+        into.copy_from_slice(self.bytes(src, offset..offset + into.len())?);
         Ok(())
     }
 }
@@ -369,7 +388,7 @@ mod tests {
         program.push("attend", Op::Attend { q, rows: who, heads, kv, out: Act::Real(out) });
         let plan = backend.record(&program).unwrap();
         for (step, fits) in [([3u32, 0, 2], true), ([4, 0, 2], false), ([3, 1, 2], false), ([3, 0, 3], false)] {
-            backend.write(live, 0, bytemuck::cast_slice(&step)).unwrap();
+            backend.write(live, 0, cast_slice(&step)).unwrap();
             let result = backend.run(plan);
             let [rows, wanted, spans] = step;
             let why = format!(
@@ -385,7 +404,7 @@ mod tests {
         let mut backend = Reference::open();
         let parts = [vec![1u8; 4], vec![2u8; 8]].map(Bytes::from);
         let buf = backend.load(&BufDesc::new("w", DType::F32, Extent::Fixed(3), 1), &parts).unwrap();
-        let error = backend.read(Step(0), buf, 0, &mut [0; 12]).unwrap_err();
+        let error = backend.read(buf, 0, &mut [0; 12]).unwrap_err();
         assert_eq!(error.to_string(), "reference: bytes 0..12 of buffer 0 cannot be read");
     }
 }

@@ -64,7 +64,7 @@ impl Sizes {
 /// The buffers that are written before a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs {
-    /// `[m, 1]` u32.
+    /// `[m, 1]` u32, as [`Op::Embed`] takes them.
     pub ids: Buf,
     /// Who each row is.
     pub rows: Rows,
@@ -128,7 +128,7 @@ impl Llama {
             logits: builder.wanted("logits", DType::F32, config.vocab)?,
             sampled: builder.wanted("sampled", DType::U32, size_of::<Sampled>() / 4)?,
         };
-        let embed = Op::Embed { ids: inputs.ids, table, out: outputs.residual };
+        let embed = Op::Embed { ids: inputs.ids, sampled: outputs.sampled, table, out: outputs.residual };
         let kv = (0..config.layers).map(|layer| builder.kv(&config, layer, kv_cache)).collect::<Result<Vec<_>>>()?;
         let context = sizes.pages_a_sequence() * sizes.page_tokens;
         let rope = config.rope.table(config.heads.dim, context);

@@ -14,7 +14,7 @@ use crate::batch::Batch;
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::llama::{KvCache, Llama, Profile, Sizes};
-use crate::op::{Act, Backend, Buf, BufDesc, DType, Extent, Line, Op, Plan, Program, Step};
+use crate::op::{Act, Backend, Buf, BufDesc, DType, Extent, Line, Op, Plan, Program};
 use crate::sampler::RowParams;
 
 /// Rows of a step.
@@ -81,11 +81,11 @@ impl Quantizer<'_> {
             let mut seen = vec![[Extremes::NONE; 2]; reals.len()];
             for sample in batch {
                 let sample = &sample[..sample.len().min(run.llama.sizes.context)];
-                let step = run.forward(sample)?;
+                run.forward(sample)?;
                 for (layer, seen) in seen.iter_mut().enumerate() {
                     let kv = run.llama.kv[layer];
-                    run.observe(step, kv.k, sample.len(), &mut seen[0])?;
-                    run.observe(step, kv.v, sample.len(), &mut seen[1])?;
+                    run.observe(kv.k, sample.len(), &mut seen[0])?;
+                    run.observe(kv.v, sample.len(), &mut seen[1])?;
                 }
                 tokens += sample.len();
                 on_sample(sample.len());
@@ -147,8 +147,6 @@ struct Run<'b> {
     plan: Plan,
     /// `[1, 1]` f32 each, by site.
     observers: BTreeMap<String, Buf>,
-    /// The end of the last step.
-    last: Step,
 }
 
 impl<'b> Run<'b> {
@@ -189,11 +187,11 @@ impl<'b> Run<'b> {
             program.lines.push(Line { label, op });
         }
         let plan = backend.record(&program)?;
-        Ok(Run { backend, llama, plan, observers, last: Step(0) })
+        Ok(Run { backend, llama, plan, observers })
     }
 
     /// Runs one sequence; its keys and values stay in the cache.
-    fn forward(&mut self, ids: &[u32]) -> Result<Step> {
+    fn forward(&mut self, ids: &[u32]) -> Result<()> {
         let rows = self.llama.sizes.rows;
         for (i, chunk) in ids.chunks(rows).enumerate() {
             let mut batch = Batch::default();
@@ -202,19 +200,19 @@ impl<'b> Run<'b> {
             (first..first + wanted).for_each(|row| batch.want(row, RowParams::score(0, 0, 0)));
             batch.write(&self.llama, self.backend)?;
             batch.write_wanted(&self.llama, self.backend, 0, wanted)?;
-            self.last = self.backend.run(self.plan)?;
+            self.backend.run(self.plan)?;
         }
-        Ok(self.last)
+        Ok(())
     }
 
     /// Widens `seen` by the first `tokens` keys or values.
-    fn observe(&mut self, after: Step, cache: Buf, tokens: usize, seen: &mut Extremes) -> Result<()> {
+    fn observe(&mut self, cache: Buf, tokens: usize, seen: &mut Extremes) -> Result<()> {
         let heads = self.llama.config.heads;
         let run = PAGE_TOKENS * heads.dim;
         let mut page = vec![0f32; heads.kv * run];
         for first in (0..tokens).step_by(PAGE_TOKENS) {
             let offset = first / PAGE_TOKENS * page.len() * size_of::<f32>();
-            self.backend.read(after, cache, offset, cast_slice_mut(&mut page))?;
+            self.backend.read(cache, offset, cast_slice_mut(&mut page))?;
             let live = (tokens - first).min(PAGE_TOKENS) * heads.dim;
             for x in page.chunks_exact(run).flat_map(|head| &head[..live]) {
                 finite(*x, "the KV cache")?;
@@ -226,10 +224,10 @@ impl<'b> Run<'b> {
 
     /// What the observers hold.
     fn inputs(self) -> Result<BTreeMap<String, f32>> {
-        let Run { backend, observers, last, .. } = self;
+        let Run { backend, observers, .. } = self;
         let read = |(site, buf): (String, Buf)| {
             let mut amax = [0f32];
-            backend.read(last, buf, 0, cast_slice_mut(&mut amax))?;
+            backend.read(buf, 0, cast_slice_mut(&mut amax))?;
             finite(amax[0], &site)?;
             Ok((site, amax[0]))
         };

@@ -6,8 +6,8 @@ pub mod hugging_face;
 
 use crate::host::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use crate::host::{HostBackend, Kernels, KvIn, KvOut, RowsIn};
-use crate::op::{DeviceInfo, Heads};
-use crate::sampler::{RowParams, Sampled, Sampler};
+use crate::op::{CHOSEN, DeviceInfo, Heads};
+use crate::sampler::{NO_TOKEN, RowParams, Sampled, Sampler};
 
 /// The reference as a backend.
 pub type Reference = HostBackend<ReferenceKernels>;
@@ -35,10 +35,17 @@ impl Reference {
     }
 }
 
-/// `out[m, d] = table[ids[m], d]`.
-pub fn embed(ids: &[u32], table: Slice, d: usize, out: &mut [f32]) {
+/// `out[m, d] = table[ids[m], d]`; an id may name a row of `sampled` instead, whose token is taken.
+pub fn embed(ids: &[u32], sampled: &[Sampled], table: Slice, d: usize, out: &mut [f32]) {
+    let token = |id: u32| match id & CHOSEN {
+        0 => id,
+        _ => match sampled[(id & !CHOSEN) as usize].token {
+            NO_TOKEN => 0,
+            token => token,
+        },
+    };
     for (&id, row) in ids.iter().zip(out.chunks_exact_mut(d)) {
-        table.row(id as usize, d).load(row);
+        table.row(token(id) as usize, d).load(row);
     }
 }
 

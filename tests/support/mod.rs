@@ -4,6 +4,7 @@
 pub mod checkpoints;
 pub mod goldens;
 pub mod mutate;
+pub mod queued;
 pub mod runner;
 pub mod ties;
 pub mod tiny;

@@ -4,7 +4,7 @@
 
 use bytemuck::cast_slice_mut;
 use quaver_core::e4m3;
-use quaver_core::op::{Act, Buf, BufDesc, DType, Extent, Kv, Op, Program, Scale, Step};
+use quaver_core::op::{Act, Buf, BufDesc, DType, Extent, Kv, Op, Program, Scale};
 
 use super::goldens::relative_rms;
 use super::runner::Runner;
@@ -97,7 +97,7 @@ fn run(runner: &mut Runner, layer: usize, ids: &[u32], input: &[f32], flipped: &
     (runner.run(&empty, runner.llama.outputs.residual, input.len()), ties)
 }
 
-fn step(runner: &mut Runner, program: &Program, op: Op) -> Step {
+fn step(runner: &mut Runner, program: &Program, op: Op) {
     let mut one = Program::new(program.rows, 0, program.live);
     one.push("line", op);
     let plan = runner.backend.record(&one).unwrap();
@@ -128,10 +128,10 @@ fn ties_of(runner: &mut Runner, program: &Program, line: usize, rows: usize) -> 
             let desc = BufDesc::new("real cache", DType::F32, Extent::Fixed(n), heads.dim);
             let [k, v] = [0, 1].map(|_| runner.backend.alloc(&desc).unwrap());
             let real = Kv { k, v, scales: None, ..kv };
-            let step = step(runner, program, Op::RopeAppend { qkv, rope, rows: who, heads, q, kv: real });
+            step(runner, program, Op::RopeAppend { qkv, rope, rows: who, heads, q, kv: real });
             let mut ties = Vec::new();
             for (real, codes, scale) in [(k, kv.k, k_scale), (v, kv.v, v_scale)] {
-                let values = read(runner, step, real, n * heads.dim);
+                let values = read(runner, real, n * heads.dim);
                 let near = near_ties(&values, heads.dim, |i| (scale.inv, NEAR + ANGLE * row_of(i * heads.dim) as f32));
                 let near = near.map(|(i, other)| (row_of(i), codes, i, other));
                 ties.extend(near.filter(|(row, ..)| *row < rows));
@@ -154,18 +154,18 @@ fn ties_of_act(
     let desc = BufDesc::new("real", DType::F32, Extent::Rows(rows), width);
     let real = runner.backend.alloc(&desc).unwrap();
     step(runner, program, op(out));
-    let step = step(runner, program, op(Act::Real(real)));
-    let values = read(runner, step, real, rows * width);
+    step(runner, program, op(Act::Real(real)));
+    let values = read(runner, real, rows * width);
     let invs: Vec<f32> = match scale {
         Scale::Static(s) => vec![s.inv; rows],
-        Scale::PerToken(buf) => read(runner, step, buf, rows).into_iter().map(|scale| 1.0 / scale).collect(),
+        Scale::PerToken(buf) => read(runner, buf, rows).into_iter().map(|scale| 1.0 / scale).collect(),
     };
     near_ties(&values, width, |row| (invs[row], NEAR)).map(|(i, other)| (i / width, codes, i, other)).collect()
 }
 
-fn read(runner: &mut Runner, step: Step, buf: Buf, n: usize) -> Vec<f32> {
+fn read(runner: &mut Runner, buf: Buf, n: usize) -> Vec<f32> {
     let mut values = vec![0f32; n];
-    runner.backend.read(step, buf, 0, cast_slice_mut(&mut values)).unwrap();
+    runner.backend.read(buf, 0, cast_slice_mut(&mut values)).unwrap();
     values
 }
 

@@ -58,8 +58,8 @@ pub fn bisect(
         let mut written = Vec::new();
         for stage in &mut stages {
             let plan = stage.record(std::slice::from_ref(&line), m)?;
-            let step = stage.run(plan)?;
-            written.push(line.op.writes().iter().map(|buf| stage.read(step, *buf, m)).collect::<Result<Vec<_>>>()?);
+            stage.run(plan)?;
+            written.push(line.op.writes().iter().map(|buf| stage.read(*buf, m)).collect::<Result<Vec<_>>>()?);
         }
         let (mut worst, mut drift) = (Verdict::default(), 0f64);
         for (i, buf) in line.op.writes().into_iter().enumerate() {

@@ -127,21 +127,21 @@ fn forward(checkpoint: &Checkpoint, device: &mut dyn Backend, profile: Profile, 
     for layer in 0..stage.llama.config.layers {
         let plan = stage.record(&stage.llama.layer_program(layer, m).lines, m)?;
         let begin = Instant::now();
-        let step = stage.run(plan)?;
-        layers.push((stage.read_f32(step, outputs.residual, m)?, micros(begin)));
+        stage.run(plan)?;
+        layers.push((stage.read_f32(outputs.residual, m)?, micros(begin)));
     }
     let plan = stage.record(&whole.lines, m)?;
     let begin = Instant::now();
-    let step = stage.run(plan)?;
-    let logits = (stage.read_f32(step, outputs.logits, m)?, micros(begin));
+    stage.run(plan)?;
+    let logits = (stage.read_f32(outputs.logits, m)?, micros(begin));
 
     let plan = stage.record(&stage.llama.program(1, 1).lines, 1)?;
     let (begin, first) = (Instant::now(), m - DECODED.min(m));
     let mut decoded = Vec::new();
     for (position, id) in ids.iter().enumerate().skip(first) {
         stage.write(position, &[*id])?;
-        let step = stage.run(plan)?;
-        decoded.extend(stage.read_f32(step, outputs.logits, 1)?);
+        stage.run(plan)?;
+        decoded.extend(stage.read_f32(outputs.logits, 1)?);
     }
     let decoded = (decoded, micros(begin) / (m - first) as f64);
     Ok(Forward { layers, logits, decoded })

@@ -123,15 +123,15 @@ fn execute(problem: &Problem, device: &mut dyn Backend) -> Result<Execution> {
     }
     let plan = device.record(&problem.program)?;
     let begin = Instant::now();
-    let step = device.run(plan)?;
-    device.read(step, problem.outputs[0].buf, 0, &mut [0; 4])?;
+    device.run(plan)?;
+    device.read(problem.outputs[0].buf, 0, &mut [0; 4])?;
     let us = begin.elapsed().as_secs_f64() * 1e6;
     let mut buffers = Vec::with_capacity(problem.buffers.len());
     for (i, (desc, contents)) in problem.buffers.iter().enumerate() {
         let mut bytes = Vec::new();
         if !matches!(contents, Contents::Constant(_)) {
             bytes.resize(desc.bytes(), 0);
-            device.read(step, Buf(i as u32), 0, &mut bytes)?;
+            device.read(Buf(i as u32), 0, &mut bytes)?;
         }
         buffers.push(bytes);
     }

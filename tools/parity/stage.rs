@@ -6,7 +6,7 @@ use quaver_core::batch::Batch;
 use quaver_core::bytes::Bytes;
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::llama::{KvCache, Llama, Profile, Sizes};
-use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Extent, Line, Op, Plan, Program, Step};
+use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Extent, Fetch, Line, Op, Plan, Program};
 use quaver_core::sampler::RowParams;
 
 const PAGE_TOKENS: usize = 16;
@@ -59,22 +59,22 @@ impl<'a> Stage<'a> {
     }
 
     /// Queues what was recorded.
-    pub fn run(&mut self, plan: Plan) -> Result<Step> {
+    pub fn run(&mut self, plan: Plan) -> Result<()> {
         self.device.run(plan)
     }
 
     /// The bytes of a buffer after a step of `rows` rows: those rows, or all where its rows are not the step's.
-    pub fn read(&mut self, step: Step, buf: Buf, rows: usize) -> Result<Vec<u8>> {
+    pub fn read(&mut self, buf: Buf, rows: usize) -> Result<Vec<u8>> {
         let desc = &self.device.buffers[buf.0 as usize];
         let rows = if matches!(desc.rows, Extent::Fixed(_)) { desc.rows.capacity() } else { rows };
         let mut bytes = vec![0; rows * desc.cols * desc.dtype.size()];
-        self.device.read(step, buf, 0, &mut bytes)?;
+        self.device.read(buf, 0, &mut bytes)?;
         Ok(bytes)
     }
 
     /// The same as f32 numbers, which the buffer must hold.
-    pub fn read_f32(&mut self, step: Step, buf: Buf, rows: usize) -> Result<Vec<f32>> {
-        let bytes = self.read(step, buf, rows)?;
+    pub fn read_f32(&mut self, buf: Buf, rows: usize) -> Result<Vec<f32>> {
+        let bytes = self.read(buf, rows)?;
         Ok(bytemuck::pod_collect_to_vec(&bytes))
     }
 
@@ -117,11 +117,15 @@ impl Backend for Noting<'_> {
         self.device.record(program)
     }
 
-    fn run(&mut self, plan: Plan) -> Result<Step> {
+    fn run(&mut self, plan: Plan) -> Result<()> {
         self.device.run(plan)
     }
 
-    fn read(&mut self, after: Step, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
-        self.device.read(after, src, offset, into)
+    fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
+        self.device.fetch(src, offset, bytes)
+    }
+
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
+        self.device.take(fetch, into)
     }
 }

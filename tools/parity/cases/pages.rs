@@ -1,6 +1,8 @@
 //! The ops that move numbers and compute none: `Embed`, `Gather`, `CopyPages`; and `AbsMax`. All byte-equal.
 
-use quaver_core::op::{DType, Kv, Op, StaticScale};
+use bytemuck::cast;
+use quaver_core::op::{CHOSEN, DType, Kv, Op, StaticScale};
+use quaver_core::sampler::{NO_TOKEN, Sampled};
 
 use super::List;
 use crate::parity::bound::Bound;
@@ -40,16 +42,24 @@ pub fn add(list: &mut List) {
 
 fn embed(rng: &mut Rng, dtype: DType, m: usize, d: usize) -> Problem {
     let vocab = 301;
-    let mut b = Builder::new(m, 0, 0);
+    let w = 5;
+    let mut b = Builder::new(m, w, 0);
     let mut ids: Vec<u32> = (0..m).map(|_| rng.below(vocab) as u32).collect();
     // The table's first and last row, and one row twice.
     for (id, edge) in ids.iter_mut().zip([vocab as u32 - 1, 0, 0]) {
         *id = edge;
     }
+    // Every third row takes what the last step chose: of the last row nothing.
+    ids.iter_mut().enumerate().skip(2).step_by(3).for_each(|(i, id)| *id = CHOSEN | (i % w) as u32);
+    let sampled = (0..w).flat_map(|row| {
+        let token = if row + 1 == w { NO_TOKEN } else { rng.below(vocab) as u32 };
+        cast::<Sampled, [u32; 44]>(Sampled { token, ..Sampled::NONE })
+    });
+    let sampled = b.input_u32("sampled", Axis::Wanted, 44, &sampled.collect::<Vec<_>>());
     let ids = b.input_u32("ids", Axis::Rows, 1, &ids);
     let table = b.constant("table", dtype, d, encode(dtype, &rng.normals(vocab * d, 1.0)), &[]);
     let out = b.output("out", DType::F32, Axis::Rows, d);
-    b.op(Op::Embed { ids, table, out });
+    b.op(Op::Embed { ids, sampled, table, out });
     b.expect(out, Bound::Bytes);
     b.finish()
 }
