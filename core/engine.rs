@@ -235,8 +235,15 @@ struct UnderWay {
     /// Whose rows it has, and how many of their tokens are computed when it is done.
     ends: Vec<(RequestId, usize)>,
     wants: Vec<Want>,
-    /// What each run of the head gives: the copy, and for how many of the wanted rows.
-    heads: Vec<(Fetch, usize)>,
+    heads: Vec<Head>,
+}
+
+/// Copies of what a run of the head gives.
+struct Head {
+    /// Rows whose logits are wanted.
+    count: usize,
+    /// [`Sampled`] of each, or of one where there is none, so that every step can be waited for.
+    sampled: Fetch,
     /// Logits of the rows whose tokens are chosen on the host, in their order.
     logits: Vec<Fetch>,
 }
@@ -244,7 +251,7 @@ struct UnderWay {
 impl UnderWay {
     /// True where the next step can be queued before this one is done: it finds what was chosen on the device.
     fn can_be_followed(&self) -> bool {
-        self.logits.is_empty() && self.heads.len() == 1
+        matches!(&self.heads[..], [head] if head.logits.is_empty())
     }
 }
 
@@ -418,10 +425,10 @@ impl Engine {
                 wants.push(Want { id, position: end, what });
             }
         }
-        let (heads, logits) = self.run(&batch, &wants)?;
+        let heads = self.run(&batch, &wants)?;
         self.stats.steps += 1;
         self.stats.rows += batch.rows() as u64;
-        Ok(Some(UnderWay { ends, wants, heads, logits }))
+        Ok(Some(UnderWay { ends, wants, heads }))
     }
 
     /// Writes an admitted sequence's row of the page table and, where penalties need it, of the history. Gives what
@@ -466,49 +473,48 @@ impl Engine {
     }
 
     /// Queues a batch, the head as often as the wanted rows need it, and copies of what these runs give.
-    fn run(&mut self, batch: &Batch, wants: &[Want]) -> Result<(Vec<(Fetch, usize)>, Vec<Fetch>)> {
+    fn run(&mut self, batch: &Batch, wants: &[Want]) -> Result<Vec<Head>> {
         batch.write(&self.llama, &mut *self.backend)?;
-        let (mut heads, mut logits) = (Vec::new(), Vec::new());
+        let mut heads = Vec::new();
         let (mut rows, mut first) = (batch.rows(), 0);
         loop {
             let count = (wants.len() - first).min(self.llama.sizes.wanted);
             let plan = self.plan(rows, count)?;
             batch.write_wanted(&self.llama, &mut *self.backend, first, count)?;
             self.backend.run(plan)?;
-            // One row at least, so that every step can be waited for.
-            let bytes = count.max(1) * size_of::<Sampled>();
-            heads.push((self.backend.fetch(self.llama.outputs.sampled, 0, bytes)?, count));
+            let sampled = self.backend.fetch(self.llama.outputs.sampled, 0, count.max(1) * size_of::<Sampled>())?;
+            let mut logits = Vec::new();
             let width = self.llama.config.vocab * 4;
-            for (row, _) in (wants[first..first + count].iter().enumerate()).filter(|(_, want)| want.is_on_host()) {
+            for (row, _) in wants[first..first + count].iter().enumerate().filter(|(_, want)| want.is_on_host()) {
                 logits.push(self.backend.fetch(self.llama.outputs.logits, row * width, width)?);
             }
+            heads.push(Head { count, sampled, logits });
             (rows, first) = (0, first + count);
             if first == wants.len() {
-                return Ok((heads, logits));
+                return Ok(heads);
             }
         }
     }
 
     /// Waits for what a step gives. What is to be chosen on the host is chosen there.
-    fn results(
-        &mut self,
-        wants: &[Want],
-        heads: Vec<(Fetch, usize)>,
-        logits: Vec<Fetch>,
-    ) -> Result<Vec<Result<Sampled>>> {
-        let mut sampled = vec![Sampled::NONE; wants.len()];
-        let mut rest = &mut sampled[..];
-        for (fetch, count) in heads {
+    fn results(&mut self, wants: &[Want], heads: Vec<Head>) -> Result<Vec<Result<Sampled>>> {
+        let mut results = Vec::with_capacity(wants.len());
+        for Head { count, sampled, logits } in heads {
             let mut rows = vec![Sampled::NONE; count.max(1)];
-            self.backend.take(fetch, cast_slice_mut(&mut rows))?;
-            rest.split_off_mut(..count).expect("as many as are wanted").copy_from_slice(&rows[..count]);
-        }
-        let mut results: Vec<_> = sampled.into_iter().map(Ok).collect();
-        let on_host = wants.iter().zip(&mut results).filter(|(want, _)| want.is_on_host());
-        for ((want, result), fetch) in on_host.zip(logits) {
-            let mut logits = vec![0f32; self.llama.config.vocab];
-            self.backend.take(fetch, cast_slice_mut(&mut logits))?;
-            *result = self.choose(want, &logits);
+            self.backend.take(sampled, cast_slice_mut(&mut rows))?;
+            let mut logits = logits.into_iter();
+            for sampled in rows.into_iter().take(count) {
+                let want = &wants[results.len()];
+                let on_host = if want.is_on_host() { logits.next() } else { None };
+                results.push(match on_host {
+                    None => Ok(sampled),
+                    Some(fetch) => {
+                        let mut logits = vec![0f32; self.llama.config.vocab];
+                        self.backend.take(fetch, cast_slice_mut(&mut logits))?;
+                        self.choose(want, &logits)
+                    }
+                });
+            }
         }
         Ok(results)
     }
@@ -567,8 +573,8 @@ impl Engine {
     /// Waits for a step, and books what it computed. A request that is over, and whose row it computed in vain, is known
     /// no more.
     fn settle(&mut self, step: UnderWay, outputs: &mut Vec<(RequestId, Output)>) -> Result<()> {
-        let UnderWay { ends, wants, heads, logits } = step;
-        let results = self.results(&wants, heads, logits)?;
+        let UnderWay { ends, wants, heads } = step;
+        let results = self.results(&wants, heads)?;
         let mut results = wants.iter().zip(results).peekable();
         for (id, end) in ends {
             let own: Vec<_> = std::iter::from_fn(|| results.next_if(|(want, _)| want.id == id)).collect();
