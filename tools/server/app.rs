@@ -222,7 +222,8 @@ pub mod tests {
             let work = move || {
                 begun.send(()).unwrap();
                 // Until the other end is dropped.
-                Ok(drop(wait.recv()))
+                let _ = wait.recv();
+                Ok(())
             };
             let task = tokio::spawn(async move { app.blocking(Work::Grammar, app.deadline(), work).await });
             while is_there.try_recv().is_err() {
