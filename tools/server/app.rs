@@ -236,7 +236,11 @@ pub mod tests {
         let began = Arc::new(AtomicBool::new(false));
         let begin = Arc::clone(&began);
         let soon = Instant::now() + Duration::from_millis(50);
-        let late = app.blocking(Work::Grammar, soon, move || Ok(begin.store(true, Ordering::Relaxed))).await;
+        let work = move || {
+            begin.store(true, Ordering::Relaxed);
+            Ok(())
+        };
+        let late = app.blocking(Work::Grammar, soon, work).await;
         assert!(late.unwrap_err().message().contains("raise --request-timeout"));
         for (task, go) in held {
             drop(go);
