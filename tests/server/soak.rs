@@ -71,7 +71,7 @@ fn slope(samples: &[u64]) -> f64 {
 #[test]
 fn nothing_is_lost_or_leaked_whatever_clients_do() {
     let count = std::env::var("QUAVER_SOAK").map_or(240, |count| count.parse().unwrap());
-    // Pages are few, so that sequences wait for them, and some must give theirs up.
+    // Pages are few, so that sequences wait for them.
     let args = ["--max-num-seqs", "24", "--max-model-len", "512", "--kv-cache-memory", "1600K", "--max-queue", "1000"];
     let server = Server::start(&args);
     // The first half brings every buffer to its size. In the long run what follows is sampled many times.
