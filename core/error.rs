@@ -82,6 +82,19 @@ pub enum Error {
         /// Tokens that a sequence can hold.
         max: usize,
     },
+    /// A text is so long that its tokens cannot fit the context: found before it is tokenized.
+    #[error(
+        "the prompt has {bytes} bytes, and {context} tokens, which the context holds, are never more than {most}; \
+         shorten it, or raise --max-model-len or --kv-cache-memory"
+    )]
+    TextTooLong {
+        /// Bytes of the text.
+        bytes: usize,
+        /// Bytes that as many tokens as the context holds can stand for.
+        most: usize,
+        /// Tokens that a sequence can hold.
+        context: usize,
+    },
     /// A prompt is empty, so that there is nothing to continue.
     #[error("the prompt is empty; give at least one token")]
     PromptEmpty,

@@ -28,7 +28,7 @@ pub struct Service {
 
 #[derive(Default)]
 struct Shared {
-    /// Requests that were taken and are not over.
+    /// Places that are taken: those of requests that are not over, and those that were reserved.
     under_way: AtomicUsize,
     stats: Mutex<Stats>,
     /// The last step failed.
@@ -44,6 +44,19 @@ enum Order {
 pub struct Ticket {
     ticket: u64,
     orders: Sender<Order>,
+}
+
+/// Places among those of requests that may be under way, for requests that are about to come. Dropping it gives back
+/// those that were not filled.
+pub struct Places {
+    shared: Arc<Shared>,
+    left: usize,
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.shared.under_way.fetch_sub(self.left, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Ticket {
@@ -76,25 +89,36 @@ impl Service {
         self.most
     }
 
-    /// Hands a request over.
+    /// Takes so many places, all or none.
     ///
     /// # Errors
-    /// Where the request means nothing, or as many as may be are under way: [`Error::Busy`].
+    /// Where so many are not free: [`Error::Busy`].
+    pub fn reserve(&self, count: usize) -> Result<Places> {
+        let more = |n: usize| n.checked_add(count).filter(|n| *n <= self.most);
+        let taken = self.shared.under_way.try_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.map_err(|under_way| Error::Busy { under_way })?;
+        Ok(Places { shared: Arc::clone(&self.shared), left: count })
+    }
+
+    /// Hands a request over, which fills one of `places`.
+    ///
+    /// # Errors
+    /// Where the request means nothing, or no place is left: [`Error::Busy`].
     pub fn submit(
         &self,
+        places: &mut Places,
         prompt: Vec<u32>,
         params: SamplingParams,
         guide: Option<Box<dyn Guide>>,
         sink: Sink,
     ) -> Result<Ticket> {
         self.limits.check(&prompt, &params)?;
-        self.shared
-            .under_way
-            .try_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < self.most).then_some(n + 1))
-            .map_err(|under_way| Error::Busy { under_way })?;
+        let left = places.left.checked_sub(1).ok_or_else(|| Error::Busy { under_way: self.under_way() })?;
         let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
         let order = Order::Submit { ticket, prompt, params, guide, sink };
         self.orders.send(order).map_err(|_| Error::device("engine", "it has stopped; see the log, and start again"))?;
+        // From here on the engine gives the place back.
+        places.left = left;
         Ok(Ticket { ticket, orders: self.orders.clone() })
     }
 
@@ -103,7 +127,7 @@ impl Service {
         *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Requests that were taken and are not over.
+    /// Requests that were taken, or have a place, and are not over.
     pub fn under_way(&self) -> usize {
         self.shared.under_way.load(Ordering::Relaxed)
     }

@@ -712,8 +712,11 @@ fn a_service_answers_who_waits_refuses_who_is_too_many_and_frees_what_is_dropped
             }
             let _ = sink.send(output);
         };
-        service.submit(prompt.to_vec(), params, None, Box::new(send)).map(|ticket| (ticket, outputs))
+        let ticket = service.submit(&mut service.reserve(1)?, prompt.to_vec(), params, None, Box::new(send));
+        ticket.map(|ticket| (ticket, outputs))
     };
+    let empty = submit(&[], greedy(1), None).err().unwrap().to_string();
+    assert_eq!((empty.as_str(), service.under_way()), ("the prompt is empty; give at least one token", 0));
     // Without end, until its ticket is dropped.
     let (go, wait) = std::sync::mpsc::channel();
     let endless = SamplingParams { ignore_eos: true, ..greedy(usize::MAX) };
@@ -721,8 +724,8 @@ fn a_service_answers_who_waits_refuses_who_is_too_many_and_frees_what_is_dropped
     let asked: Vec<_> = prompts.iter().map(|prompt| submit(prompt, greedy(12), None).unwrap()).collect();
     let refused = submit(&prompts[0], greedy(12), None).err().unwrap().to_string();
     assert_eq!(refused, "7 requests are under way, and no more may wait; try again later, or raise --max-queue");
-    let empty = submit(&[], greedy(1), None).err().unwrap().to_string();
-    assert_eq!(empty, "the prompt is empty; give at least one token");
+    // Several places are taken together or not at all, and what was not filled is free again.
+    assert!(service.reserve(2).is_err() && service.under_way() == 7);
     drop(go);
     assert!(matches!(outputs.recv().unwrap(), Output::Begun { cached: 0 }));
     drop(ticket);
@@ -734,6 +737,10 @@ fn a_service_answers_who_waits_refuses_who_is_too_many_and_frees_what_is_dropped
     // The endless one was cancelled: its channel ends, and nothing is held.
     outputs.iter().for_each(drop);
     assert_eq!((service.under_way(), service.is_well()), (0, true));
+    let places = service.reserve(7).unwrap();
+    assert!(service.under_way() == 7 && service.reserve(1).is_err());
+    drop(places);
+    assert_eq!(service.under_way(), 0);
     let stats = service.stats();
     assert_eq!((stats.running, stats.waiting, stats.pages_used), (0, 0, 0));
 }

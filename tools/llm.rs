@@ -122,6 +122,7 @@ impl Llm {
             defaults: checkpoint.generation().clone(),
             tokenizer,
             template: chat_template(&files)?,
+            context: engine.max_model_len(),
         };
         Ok(Llm { engine, text })
     }

@@ -26,6 +26,9 @@ pub struct TextModel {
     pub(crate) defaults: GenerationConfig,
     pub(crate) tokenizer: Option<Arc<TokenizerReading>>,
     pub(crate) template: Option<ChatTemplate>,
+    /// Tokens that a sequence can have. A text that cannot fit is refused before it is tokenized, which costs time and
+    /// many times the text's memory.
+    pub(crate) context: usize,
 }
 
 impl TextModel {
@@ -45,13 +48,16 @@ impl TextModel {
     }
 
     /// The tokens of a prompt.
+    ///
+    /// # Errors
+    /// Where it is longer than the context can be, or the model has no tokenizer or chat template for it.
     pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         match prompt {
-            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Ids(ids) => self.check_count(ids.len()).map(|()| ids.clone()),
             Prompt::Text(text) => {
                 let tokenizer = self.tokenizer()?;
                 let bos = self.defaults.bos.and_then(|id| tokenizer.id_to_token(id));
-                tokenizer.encode(text, !bos.is_some_and(|bos| text.starts_with(&bos)))
+                self.encode_text(text, !bos.is_some_and(|bos| text.starts_with(&bos)))
             }
             Prompt::Messages(messages) => {
                 let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
@@ -64,7 +70,26 @@ impl TextModel {
     pub fn encode_chat(&self, messages: &Value, options: &RenderOptions) -> Result<Vec<u32>> {
         let why = "this model brings none; give a plain text (generate --raw, or /v1/completions)";
         let template = self.template.as_ref().ok_or_else(|| Error::text("chat template", why))?;
-        self.tokenizer()?.encode_chat(template, messages, options)
+        // The template has written the special tokens.
+        self.encode_text(&template.render(messages, options)?, false)
+    }
+
+    /// The tokens of a text, with those that the tokenizer adds where `add_special`.
+    pub fn encode_text(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer()?;
+        let most = self.context.saturating_mul(tokenizer.longest_token());
+        if text.len() > most {
+            return Err(Error::TextTooLong { bytes: text.len(), most, context: self.context });
+        }
+        tokenizer.encode(text, add_special)
+    }
+
+    /// Refuses so many token ids where the context holds fewer, before anybody looks at them.
+    pub fn check_count(&self, ids: usize) -> Result<()> {
+        match ids > self.context {
+            true => Err(Error::PromptTooLong { got: ids, max: self.context }),
+            false => Ok(()),
+        }
     }
 
     /// The tokenizer; waits until it is read.

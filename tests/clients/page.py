@@ -22,7 +22,10 @@ def talk(page, url, question, answer):
     asked, errors = [], []
     page.on("request", lambda request: asked.append(request))
     page.on("pageerror", lambda error: errors.append(error))
+    # A page that is opened while the model is loaded shows it when it is there.
+    page.route("**/v1/models", lambda route: route.fulfill(status=503, body="{}"), times=1)
     page.goto("/")
+    expect(page.locator("#model")).to_contain_text("not there yet")
     expect(page.locator("#model")).to_contain_text("tokens")
     assert page.locator("#model").inner_text().startswith("demo · ")
     # The keyboard alone: settings, a question, its answer.

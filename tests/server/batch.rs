@@ -2,18 +2,22 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::{HOOK, chat};
 
+fn batch(input: &Path, output: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quaver"));
+    command.args(["batch", "--backend", "cpu", "--threads", "2", "--max-num-seqs", "4"]).args([input, output]);
+    command
+}
+
 fn run(input: &Path, output: &Path) -> Output {
-    let quaver = Command::new(env!("CARGO_BIN_EXE_quaver"))
-        .args(["batch", "--backend", "cpu", "--threads", "2", "--max-num-seqs", "4"])
-        .args([input, output])
-        .output();
-    quaver.unwrap()
+    batch(input, output).output().unwrap()
 }
 
 fn line(id: &str, url: &str, body: Value) -> String {
@@ -72,6 +76,51 @@ fn a_batch_is_answered_and_goes_on_where_it_was_broken_off() {
     let ids = |answers: &[(String, Value)]| answers.iter().map(|(id, _)| id.clone()).collect::<Vec<_>>();
     assert_eq!(ids(&answers(&output)), ids(&whole), "none lost, none doubled");
     assert_eq!(fs::read_to_string(&output).unwrap()[..cut - 20], lines[..cut - 20], "what was there was kept");
+}
+
+#[test]
+fn lines_with_many_answers_wait_for_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output) = (dir.path().join("in.jsonl"), dir.path().join("out.jsonl"));
+    let body = json!({"prompt": ["It was", "Who"], "n": 30, "max_tokens": 1, "seed": 1});
+    let lines: String = (0..8).map(|i| line(&format!("{i}"), "/v1/completions", body.clone())).collect();
+    fs::write(&input, lines).unwrap();
+    assert!(run(&input, &output).status.success());
+    for (id, response) in answers(&output) {
+        assert_eq!(
+            (response["status_code"].as_u64(), response["body"]["choices"][59]["index"].as_u64()),
+            (Some(200), Some(59)),
+            "{id}"
+        );
+    }
+}
+
+#[test]
+fn a_batch_that_is_killed_goes_on_and_no_other_run_writes_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output, part) =
+        (dir.path().join("in.jsonl"), dir.path().join("out.jsonl"), dir.path().join("out.jsonl.part"));
+    let body = json!({"prompt": "It was", "max_tokens": 300, "ignore_eos": true});
+    let ids: Vec<String> = (0..40).map(|i| format!("{i:02}")).collect();
+    fs::write(&input, ids.iter().map(|id| line(id, "/v1/completions", body.clone())).collect::<String>()).unwrap();
+    let written = || fs::read_to_string(&part).unwrap_or_default().lines().count();
+    let mut killed = batch(&input, &output).stderr(Stdio::null()).spawn().unwrap();
+    while written() < 3 {
+        assert!(killed.try_wait().unwrap().is_none(), "it ended by itself");
+        thread::sleep(Duration::from_millis(5));
+    }
+    let beside = run(&input, &output);
+    let stderr = String::from_utf8(beside.stderr).unwrap();
+    assert!(beside.status.code() == Some(1) && stderr.contains("is being written by another run"), "{stderr}");
+    // SIGKILL, where there are signals.
+    killed.kill().unwrap();
+    assert!(!killed.wait().unwrap().success() && !output.exists());
+    let kept = fs::read_to_string(&part).unwrap();
+    let kept = &kept[..kept.rfind('\n').unwrap() + 1];
+    assert!((3..40).contains(&kept.lines().count()));
+    assert!(run(&input, &output).status.success());
+    assert!(fs::read_to_string(&output).unwrap().starts_with(kept));
+    assert_eq!(answers(&output).into_iter().map(|(id, _)| id).collect::<Vec<_>>(), ids, "none lost, none doubled");
 }
 
 #[test]

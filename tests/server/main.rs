@@ -26,6 +26,8 @@ struct Server {
     child: Child,
     url: String,
     log: Arc<Mutex<Vec<String>>>,
+    /// Reads the log to its end.
+    reader: Option<thread::JoinHandle<()>>,
     agent: ureq::Agent,
 }
 
@@ -84,13 +86,13 @@ impl Server {
         let url = url.unwrap_or_else(|| panic!("no address in {:?}", log.lock().unwrap()));
         let kept = Arc::clone(&log);
         // Until the server ends: a full pipe would stop it.
-        thread::spawn(move || lines.for_each(|line| kept.lock().unwrap().push(line)));
+        let reader = Some(thread::spawn(move || lines.for_each(|line| kept.lock().unwrap().push(line))));
         // A draining server closes idle connections.
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .max_idle_connections(0)
             .timeout_global(Some(Duration::from_secs(120)));
-        Server { child, url, log, agent: config.build().new_agent() }
+        Server { child, url, log, reader, agent: config.build().new_agent() }
     }
 
     /// Waits for what must come, and gives up when a machine would have had time for it many times over.
@@ -157,6 +159,7 @@ impl Server {
     /// Waits for the end, and gives the exit code and the log.
     fn end(mut self) -> (Option<i32>, Vec<String>) {
         let code = self.child.wait().unwrap().code();
+        self.reader.take().unwrap().join().unwrap();
         (code, std::mem::take(&mut self.log.lock().unwrap()))
     }
 }

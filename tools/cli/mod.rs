@@ -34,7 +34,7 @@ struct Args {
     #[command(subcommand)]
     command: Command,
     /// Log what happens; twice for details. An error shows its causes.
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    #[arg(short, long, action = clap::ArgAction::Count, global = true, env = "QUAVER_VERBOSE")]
     verbose: u8,
 }
 
@@ -146,7 +146,11 @@ fn start_log(args: &Args) {
         log.format(|out, record| {
             let (time, level, target) = (out.timestamp_millis().to_string(), record.level(), record.target());
             let message = record.args().to_string();
-            let line = serde_json::json!({"time": time, "level": level.as_str(), "target": target, "message": message});
+            let mut line =
+                serde_json::json!({"time": time, "level": level.as_str(), "target": target, "message": message});
+            if let Some(id) = quaver::server::request_id() {
+                line["request_id"] = id.into();
+            }
             writeln!(out, "{line}")
         });
     }

@@ -93,14 +93,13 @@ pub fn with_config(command: Command, path: &PathBuf) -> Result<Command> {
         let values: Vec<String> = match value {
             toml::Value::String(text) => vec![text],
             toml::Value::Integer(number) => vec![number.to_string()],
+            toml::Value::Float(number) => vec![number.to_string()],
             toml::Value::Boolean(flag) if is_flag => vec![flag.to_string()],
             toml::Value::Array(items) if items.iter().all(|item| item.is_str()) => {
                 items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect()
             }
             _ => {
-                return Err(
-                    wrong(format!("{key} must be a text, a whole number, true or false, or a list of texts")).into()
-                );
+                return Err(wrong(format!("{key} must be a text, a number, true or false, or a list of texts")).into());
             }
         };
         serve = serve.mut_arg(id, |arg| arg.default_values(values));

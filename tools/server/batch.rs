@@ -1,13 +1,15 @@
 //! OpenAI's batch files: a request a line in, an answer a line out, through the server's own routes and no network.
 //! Answers are appended to `OUT.part`, which becomes OUT when all are there; a run that was broken off goes on with it.
+//! What an answer says is final: a failure of this machine is none, and ends the run where it does not pass.
 
 use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::http::Request;
 use http_body_util::BodyExt;
 use quaver_core::{Error, Result};
@@ -15,8 +17,13 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use super::app::{App, random_id};
+use super::completions::MAX_PROMPTS;
 use super::model::Model;
+use super::sampling::MAX_N;
 use super::{Options, router};
+
+/// Pauses before a request is tried again that failed through no fault of its own.
+const PAUSES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(25)];
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,22 +46,29 @@ struct Line {
 /// Answers all requests of `input` into `output`; `on_answer` is told how many of how many there are.
 ///
 /// # Errors
-/// Where a line is no request, OUT is there already, or the part is another file's.
+/// Where a line is no request, OUT is there already, the part is another file's or another run's, or this machine fails.
 pub fn run(options: Options, input: &Path, output: &Path, on_answer: impl Fn(usize, usize)) -> Result<Summary> {
     let lines = read(input)?;
-    if output.exists() {
-        return Err(Error::text(output.display().to_string(), "is there already; delete it or name another file"));
-    }
     let mut part = output.as_os_str().to_owned();
     part.push(".part");
     let part = PathBuf::from(part);
+    let taken = || Error::text(output.display().to_string(), "is there already; delete it or name another file");
+    if output.exists() {
+        return Err(taken());
+    }
     let (mut file, done) = open_part(&part, &lines)?;
+    // Where another run has just become ready, its part is OUT now, and this one may be it.
+    if output.exists() {
+        return Err(taken());
+    }
     let requests = lines.len();
     let mut summary = Summary { requests, found: done.len(), failed: 0 };
     let rest: Vec<Line> = lines.into_iter().filter(|line| !done.contains(&line.id)).collect();
     if !rest.is_empty() {
         let side_by_side = options.llm.engine.max_num_seqs;
-        let model = Model::load(options.model.as_deref(), &options.llm, &options.names, side_by_side.max(128))?;
+        let largest = rest.iter().map(Line::answers).max().unwrap_or(1);
+        let most = side_by_side.saturating_mul(largest);
+        let model = Model::load(options.model.as_deref(), &options.llm, &options.names, most)?;
         let app = Arc::new(App::new(options));
         app.ready(model);
         let write = |e| Error::io("write", &part, e);
@@ -94,13 +108,30 @@ fn read(input: &Path) -> Result<Vec<Line>> {
     lines.collect()
 }
 
-/// The file of answers so far, cut behind its last whole line, and whose they are.
+impl Line {
+    /// How many answers it asks for; a request that is refused has none.
+    fn answers(&self) -> usize {
+        let prompts = match &self.body["prompt"] {
+            Value::Array(items) if !items.first().is_some_and(Value::is_number) => items.len(),
+            _ => 1,
+        };
+        let n = self.body["n"].as_u64().map_or(1, |n| n.min(MAX_N as u64) as usize);
+        prompts.clamp(1, MAX_PROMPTS) * n.max(1)
+    }
+}
+
+/// The file of answers so far, this run's alone, cut behind its last whole line, and whose they are.
 fn open_part(part: &Path, lines: &[Line]) -> Result<(File, HashSet<String>)> {
-    let bytes = match fs::read(part) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(e) => return Err(Error::io("read", part, e)),
-    };
+    let write = |e| Error::io("write", part, e);
+    let mut file = OpenOptions::new().create(true).read(true).append(true).open(part).map_err(write)?;
+    file.try_lock().map_err(|e| match e {
+        TryLockError::WouldBlock => {
+            Error::text(part.display().to_string(), "is being written by another run; wait for it or name another file")
+        }
+        TryLockError::Error(e) => write(e),
+    })?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(|e| Error::io("read", part, e))?;
     let asked: HashSet<&str> = lines.iter().map(|line| line.id.as_str()).collect();
     let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     let mut done = HashSet::new();
@@ -114,12 +145,8 @@ fn open_part(part: &Path, lines: &[Line]) -> Result<(File, HashSet<String>)> {
             }
         };
     }
-    let open = || {
-        let file = OpenOptions::new().create(true).append(true).open(part)?;
-        file.set_len(whole as u64)?;
-        Ok(file)
-    };
-    Ok((open().map_err(|e| Error::io("write", part, e))?, done))
+    file.set_len(whole as u64).map_err(write)?;
+    Ok((file, done))
 }
 
 /// Answers requests, so many side by side, in any order.
@@ -140,7 +167,7 @@ fn answer_all(
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
                     let Some(line) = next else { return };
-                    if sender.send(answer(router.clone(), line).await).await.is_err() {
+                    if sender.send(answer(router.clone(), line, &PAUSES).await).await.is_err() {
                         return;
                     }
                 }
@@ -148,7 +175,7 @@ fn answer_all(
         }
         drop(sender);
         while let Some(answer) = answers.recv().await {
-            on_answer(answer)?;
+            on_answer(answer?)?;
         }
         Ok(())
     });
@@ -156,22 +183,90 @@ fn answer_all(
     result
 }
 
-/// One line of the answers.
-async fn answer(router: axum::Router, line: Line) -> Value {
-    let request = Request::post(&line.url).body(Body::from(line.body.to_string()));
-    let (status, body) = match request {
-        Ok(request) => match router.oneshot(request).await {
-            Ok(response) => {
-                let status = response.status().as_u16();
-                let bytes = response.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-                (status, serde_json::from_slice(&bytes).unwrap_or_default())
-            }
-            Err(never) => match never {},
-        },
-        Err(error) => (400, json!({"error": {"message": format!("url: {error}")}})),
+/// One line of the answers. Where this machine is at fault the request is tried again.
+async fn answer(router: axum::Router, line: Line, pauses: &[Duration]) -> Result<Value> {
+    let body = Bytes::from(line.body.to_string());
+    let mut pauses = pauses.iter();
+    let (status, body) = loop {
+        let (status, body) = ask(router.clone(), &line.url, body.clone()).await;
+        if status != 429 && status < 500 {
+            break (status, body);
+        }
+        let Some(pause) = pauses.next() else {
+            let why = body["error"]["message"].as_str().unwrap_or("no reason was given").to_owned();
+            let why = format!("failed with status {status} ({why}); the answers so far are kept, run it again");
+            return Err(Error::device(format!("request {}", line.id), why));
+        };
+        tokio::time::sleep(*pause).await;
     };
-    json!({
+    Ok(json!({
         "id": random_id("batch_req_"), "custom_id": line.id, "error": null,
         "response": {"status_code": status, "request_id": random_id("req-"), "body": body}
-    })
+    }))
+}
+
+/// Status and body of what a route answers.
+async fn ask(router: axum::Router, url: &str, body: Bytes) -> (u16, Value) {
+    let request = match Request::post(url).body(Body::from(body)) {
+        Ok(request) => request,
+        Err(error) => return (400, json!({"error": {"message": format!("url: {error}")}})),
+    };
+    let response = match router.oneshot(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    };
+    let status = response.status().as_u16();
+    let bytes = response.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    (status, serde_json::from_slice(&bytes).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::http::StatusCode;
+    use axum::routing::post;
+
+    use super::*;
+
+    /// What a request becomes where the first so many times are failures of this machine.
+    async fn failing(times: usize) -> (Result<Value>, usize) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&asked);
+        let route = post(move || async move {
+            match counted.fetch_add(1, Ordering::Relaxed) {
+                n if n >= times => (StatusCode::OK, r#"{"all": "well"}"#),
+                n if n % 2 == 0 => (StatusCode::INTERNAL_SERVER_ERROR, r#"{"error": {"message": "broken"}}"#),
+                _ => (StatusCode::TOO_MANY_REQUESTS, r#"{"error": {"message": "full"}}"#),
+            }
+        });
+        let line = Line { id: "a".into(), url: "/x".into(), body: json!({}) };
+        let answer = answer(axum::Router::new().route("/x", route), line, &[Duration::ZERO; 3]).await;
+        (answer, asked.load(Ordering::Relaxed))
+    }
+
+    #[tokio::test]
+    async fn what_fails_through_no_fault_of_its_own_is_tried_again_and_never_recorded() {
+        for times in 0..=3 {
+            let (answer, asked) = failing(times).await;
+            let response = &answer.unwrap()["response"];
+            assert_eq!((&response["status_code"], &response["body"]["all"]), (&json!(200), &json!("well")));
+            assert_eq!(asked, times + 1);
+        }
+        let (answer, asked) = failing(4).await;
+        let why = "request a: failed with status 429 (full); the answers so far are kept, run it again";
+        assert_eq!((answer.unwrap_err().to_string(), asked), (why.into(), 4));
+    }
+
+    #[test]
+    fn a_line_takes_as_many_places_as_it_asks_for_answers() {
+        let answers = |body| Line { id: String::new(), url: String::new(), body }.answers();
+        assert_eq!(answers(json!({"messages": []})), 1);
+        assert_eq!(answers(json!({"prompt": [1, 2, 3], "n": 3})), 3);
+        assert_eq!(answers(json!({"prompt": ["a", "b"], "n": 3})), 6);
+        assert_eq!(answers(json!({"prompt": [[1], [2]]})), 2);
+        // These are refused.
+        assert_eq!(answers(json!({"prompt": [], "n": 0})), 1);
+        assert_eq!(answers(json!({"n": u64::MAX})), MAX_N);
+    }
 }

@@ -9,7 +9,9 @@ use quaver_core::engine::Token;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::app::{App, Body, blocking, random_id, unix_time};
+use super::account::answer_id;
+use super::admission::Admission;
+use super::app::{App, Body, Work, unix_time};
 use super::completions::{finish_reason, prompt_logprobs, stop_reason, usage_json};
 use super::error::{ApiError, ApiResult};
 use super::generation::{Delta, End, Generation, Order, Usage, Whole};
@@ -87,7 +89,7 @@ pub struct Request {
 }
 
 /// Answers a request.
-pub async fn create(State(app): State<Arc<App>>, Body(request): Body<Request>) -> ApiResult<Response> {
+pub async fn create(State(app): State<Arc<App>>, Body(request, room): Body<Request>) -> ApiResult<Response> {
     let model = app.model()?;
     model.check_name(request.model.as_deref())?;
     let logprobs = request.logprobs.unwrap_or(false);
@@ -108,17 +110,18 @@ pub async fn create(State(app): State<Arc<App>>, Body(request): Body<Request>) -
         (grammar, call) => grammar.or(call),
     };
     let (n, writing) = (request.sampling.n()?, request.sampling.writing()?);
-    let (reader, conversation) = (Arc::clone(&model), request.conversation);
-    let (prompt, guides) = blocking(move || Ok((conversation.encode(&reader, true)?, reader.guides(grammar)?))).await?;
+    let (admission, conversation) = (Admission::new(&app, &model, n, room)?, request.conversation);
+    let (admission, prompt) = admission.prepare(Work::Text, move |model| conversation.encode(model, true)).await?;
+    let (admission, guides) = admission.guides(grammar).await?;
     let shape = Shape {
-        id: random_id("chatcmpl-"),
+        id: answer_id("chatcmpl-"),
         created: unix_time(),
         model: request.model.unwrap_or_else(|| model.names[0].clone()),
         logprobs,
         scores: params.prompt_logprobs.is_some(),
     };
     let order = Order { prompts: vec![prompt], n, params, writing };
-    let mut generation = Generation::start(model, order, app.options.request_timeout, || guides.guide())?;
+    let mut generation = Generation::start(admission, order, || guides.guide())?;
     if request.streaming.is_on() {
         let calls = (0..n).map(|_| tools.calls()).collect();
         return Ok(sse::respond(

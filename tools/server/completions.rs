@@ -9,7 +9,9 @@ use quaver_core::engine::FinishReason;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::app::{App, Body, blocking, random_id, unix_time};
+use super::account::answer_id;
+use super::admission::Admission;
+use super::app::{App, Body, Work, unix_time};
 use super::error::{ApiError, ApiResult};
 use super::generation::{Delta, End, Generation, Order, StopReason, Usage, Whole};
 use super::logprobs::{Speller, TextLogprobs};
@@ -20,7 +22,7 @@ use super::structure::Structure;
 use crate::Prompt;
 
 /// Prompts of a request, at most.
-const MAX_PROMPTS: usize = 1024;
+pub const MAX_PROMPTS: usize = 1024;
 
 /// What OpenAI and vLLM generate where a request does not say.
 const MAX_TOKENS: usize = 16;
@@ -43,7 +45,7 @@ pub struct Request {
 }
 
 /// Answers a request.
-pub async fn create(State(app): State<Arc<App>>, Body(request): Body<Request>) -> ApiResult<Response> {
+pub async fn create(State(app): State<Arc<App>>, Body(request, room): Body<Request>) -> ApiResult<Response> {
     let model = app.model()?;
     model.check_name(request.model.as_deref())?;
     if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
@@ -56,18 +58,19 @@ pub async fn create(State(app): State<Arc<App>>, Body(request): Body<Request>) -
     }
     let asked_for_scores = request.sampling.asks_for_prompt_logprobs();
     let grammar = request.structure.grammar()?;
-    let prompts = prompts(&request.prompt)?;
+    let prompts = prompts(&model, &request.prompt)?;
     let (n, writing) = (request.sampling.n()?, request.sampling.writing()?);
-    let reader = Arc::clone(&model);
-    let (prompts, guides) = blocking(move || {
-        let ids = prompts.iter().map(|prompt| reader.text.encode(prompt)).collect::<crate::Result<Vec<_>>>()?;
-        Ok((ids, reader.guides(grammar)?))
-    })
-    .await?;
+    let admission = Admission::new(&app, &model, prompts.len() * n, room)?;
+    let encode = move |model: &Model| {
+        let ids = prompts.iter().map(|prompt| model.text.encode(prompt));
+        Ok(ids.collect::<crate::Result<Vec<_>>>()?)
+    };
+    let (admission, prompts) = admission.prepare(Work::Text, encode).await?;
+    let (admission, guides) = admission.guides(grammar).await?;
     let order = Order { prompts, n, params, writing };
-    let mut generation = Generation::start(Arc::clone(&model), order, app.options.request_timeout, || guides.guide())?;
+    let mut generation = Generation::start(admission, order, || guides.guide())?;
     let shape = Shape {
-        id: random_id("cmpl-"),
+        id: answer_id("cmpl-"),
         created: unix_time(),
         model: request.model.unwrap_or_else(|| model.names[0].clone()),
         echo,
@@ -212,15 +215,19 @@ impl Chunks for Stream {
 }
 
 /// `prompt`: a text, token ids, or a list of either.
-fn prompts(prompt: &Value) -> ApiResult<Vec<Prompt>> {
+fn prompts(model: &Model, prompt: &Value) -> ApiResult<Vec<Prompt>> {
     let wrong = || ApiError::invalid("prompt", "prompt must be a text, a list of token ids, or a list of either");
+    let ids = |items: &[Value]| {
+        model.text.check_count(items.len())?;
+        Ok::<_, ApiError>(Prompt::Ids(ids(items)?))
+    };
     let prompts = match prompt {
         Value::String(text) => vec![Prompt::Text(text.clone())],
-        Value::Array(items) if items.first().is_some_and(Value::is_number) => vec![Prompt::Ids(ids(items)?)],
+        Value::Array(items) if items.first().is_some_and(Value::is_number) => vec![ids(items)?],
         Value::Array(items) => {
             let each = items.iter().map(|item| match item {
                 Value::String(text) => Ok(Prompt::Text(text.clone())),
-                Value::Array(items) => Ok(Prompt::Ids(ids(items)?)),
+                Value::Array(items) => ids(items),
                 _ => Err(wrong()),
             });
             each.collect::<ApiResult<Vec<_>>>()?

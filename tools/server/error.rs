@@ -72,6 +72,23 @@ impl ApiError {
         Self::new(StatusCode::GATEWAY_TIMEOUT, message, Some("timeout"))
     }
 
+    /// The request is not done within the time that it may take.
+    pub fn request_timeout(limit: std::time::Duration) -> Self {
+        let seconds = limit.as_secs();
+        Self::timeout(format!("the request is not done after {seconds} s; ask for less, or raise --request-timeout"))
+    }
+
+    /// The head of the request has too many lines or bytes.
+    pub fn head_too_large(lines: usize, bytes: usize) -> Self {
+        let message = format!("the request's headers may be {lines} lines and {bytes} bytes; send fewer");
+        Self::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, message, Some("headers_too_large"))
+    }
+
+    /// What a client is told.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The server is at fault.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message, None)
@@ -94,7 +111,9 @@ impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
-            Error::PromptTooLong { .. } => Self::new(StatusCode::BAD_REQUEST, message, Some("context_length_exceeded")),
+            Error::PromptTooLong { .. } | Error::TextTooLong { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, message, Some("context_length_exceeded"))
+            }
             Error::Sampling { name, .. } => Self::invalid(name, message),
             Error::PromptEmpty | Error::TokenOutOfRange { .. } | Error::Text { .. } => Self::malformed(message),
             Error::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, message, Some("rate_limit_exceeded")),

@@ -1,6 +1,7 @@
 //! One HTTP request in the engine: its prompts, each with its answers, and what becomes of them, as text. Dropping it
 //! frees all that it holds in the engine: so does a client that hangs up.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use quaver_core::engine::{FinishReason, Output, Token};
@@ -9,8 +10,11 @@ use quaver_core::sampler::SamplingParams;
 use quaver_core::service::Ticket;
 use quaver_core::{Error, Result};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::task::AbortHandle;
 use tokio::time::timeout_at;
 
+use super::account::{Account, account};
+use super::admission::Admission;
 use super::error::{ApiError, ApiResult};
 use super::metrics::Ending;
 use super::model::Model;
@@ -75,19 +79,28 @@ pub struct Usage {
 
 /// See the module.
 pub struct Generation {
-    model: std::sync::Arc<Model>,
+    model: Arc<Model>,
     outputs: UnboundedReceiver<(usize, Output)>,
     answers: Vec<Answer>,
+    /// What each answer holds in the engine, until it is over.
+    tickets: Tickets,
+    /// Frees all of it when the time is over, whether or not anybody asks for what comes next.
+    timer: AbortHandle,
     order: Order,
     usage: Usage,
     start: Instant,
     deadline: tokio::time::Instant,
+    limit: Duration,
     left: usize,
+    /// What the log will say of it.
+    account: Arc<Account>,
 }
+
+type Tickets = Arc<Mutex<Vec<Option<Ticket>>>>;
 
 /// One answer under way.
 struct Answer {
-    ticket: Option<Ticket>,
+    is_over: bool,
     text: Option<AnswerText>,
     tokens: usize,
     begun: Option<Instant>,
@@ -99,22 +112,16 @@ impl Generation {
     /// Hands the request over to the engine. `guide` makes a guide for each answer, where the request has a grammar.
     ///
     /// # Errors
-    /// Where the request means nothing, or does not fit into the queue as a whole.
+    /// Where the request means nothing.
     pub fn start(
-        model: std::sync::Arc<Model>,
+        admission: Admission,
         order: Order,
-        limit: Duration,
         guide: impl Fn() -> Result<Option<Box<dyn Guide>>>,
     ) -> ApiResult<Self> {
         let stops = StopStrings::new(&order.writing.stop)?;
-        let (count, most) = (order.prompts.len() * order.n, model.service.most());
-        if count > most {
-            let why =
-                format!("{count} answers are asked for, at most {most} can be under way; ask for fewer at a time");
-            return Err(ApiError::invalid("prompt", why));
-        }
+        let Admission { model, mut places, start, deadline, .. } = admission;
         let (sender, outputs) = unbounded_channel();
-        let mut answers = Vec::new();
+        let (mut answers, mut tickets) = (Vec::new(), Vec::new());
         for (i, prompt) in order.prompts.iter().flat_map(|prompt| (0..order.n).map(move |i| (i, prompt))) {
             let choice = answers.len();
             let mut params = order.params.clone();
@@ -124,20 +131,22 @@ impl Generation {
             let sender = sender.clone();
             // Where nobody listens any more, the ticket was dropped too.
             let sink = Box::new(move |output| drop(sender.send((choice, output))));
-            let ticket = model.service.submit(prompt.clone(), params, guide()?, sink)?;
+            let ticket = model.service.submit(&mut places, prompt.clone(), params, guide()?, sink)?;
+            tickets.push(Some(ticket));
             let text = match model.text.tokenizer() {
                 Ok(tokenizer) => {
                     Some(AnswerText::new(tokenizer.detokenizer(order.writing.skip_special), stops.clone()))
                 }
                 Err(_) => None,
             };
-            answers.push(Answer { ticket: Some(ticket), text, tokens: 0, begun: None, first: None, last: None });
+            answers.push(Answer { is_over: false, text, tokens: 0, begun: None, first: None, last: None });
         }
-        let start = Instant::now();
+        let tickets = Arc::new(Mutex::new(tickets));
         let usage = Usage { prompt: order.prompts.iter().map(Vec::len).sum(), ..Usage::default() };
         let left = answers.len();
-        let deadline = tokio::time::Instant::from_std(start) + limit;
-        Ok(Generation { model, outputs, answers, order, usage, start, deadline, left })
+        let timer = end_at(deadline, Arc::clone(&tickets));
+        let (start, limit, account) = (start.into_std(), deadline - start, account());
+        Ok(Generation { model, outputs, answers, tickets, timer, order, usage, start, deadline, limit, left, account })
     }
 
     /// The tokens so far.
@@ -158,31 +167,35 @@ impl Generation {
     /// What comes next; None where all answers are complete. Behind an error nothing comes.
     pub async fn next(&mut self) -> Option<ApiResult<Delta>> {
         while self.left > 0 {
-            let (choice, output) = match timeout_at(self.deadline, self.outputs.recv()).await {
-                Ok(Some(output)) => output,
-                Ok(None) => return Some(Err(ApiError::internal("the engine has stopped; see the server's log"))),
-                Err(_) => {
-                    let seconds = self.start.elapsed().as_secs();
-                    let why =
-                        format!("the request is not done after {seconds} s; ask for less, or raise --request-timeout");
-                    return Some(Err(ApiError::timeout(why)));
-                }
+            let output = timeout_at(self.deadline, self.outputs.recv()).await;
+            // Also where outputs are left from before: nobody may take longer by taking them slowly.
+            if tokio::time::Instant::now() >= self.deadline {
+                return Some(self.fail(ApiError::request_timeout(self.limit)));
+            }
+            let Ok(Some((choice, output))) = output else {
+                return Some(self.fail(ApiError::internal("the engine has stopped; see the server's log")));
             };
             match self.take(choice, output) {
                 Ok(None) => {}
                 Ok(Some(delta)) => return Some(Ok(delta)),
                 Err(error) => {
                     self.end(choice, Ending::Error);
-                    return Some(Err(error.into()));
+                    return Some(self.fail(error.into()));
                 }
             }
         }
         None
     }
 
+    /// An error that ends all of it.
+    fn fail(&self, error: ApiError) -> ApiResult<Delta> {
+        self.account.fail(error.message());
+        Err(error)
+    }
+
     fn take(&mut self, choice: usize, output: Output) -> Result<Option<Delta>> {
         let answer = &mut self.answers[choice];
-        if answer.ticket.is_none() {
+        if answer.is_over {
             // A stop string ended it; what the engine had ready by then is nobody's.
             return Ok(None);
         }
@@ -236,9 +249,10 @@ impl Generation {
     /// Books the end of an answer, and frees what it held.
     fn end(&mut self, choice: usize, ending: Ending) {
         let answer = &mut self.answers[choice];
-        if answer.ticket.take().is_none() {
+        if std::mem::replace(&mut answer.is_over, true) {
             return;
         }
+        drop(self.tickets.lock().unwrap_or_else(PoisonError::into_inner)[choice].take());
         self.left -= 1;
         let (now, metrics) = (Instant::now(), &self.model.metrics);
         metrics.ended(ending);
@@ -259,8 +273,19 @@ impl Generation {
     }
 }
 
+/// Drops tickets at a time, unless it is aborted before.
+fn end_at(deadline: tokio::time::Instant, tickets: Tickets) -> AbortHandle {
+    let timer = async move {
+        tokio::time::sleep_until(deadline).await;
+        tickets.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);
+    };
+    tokio::spawn(timer).abort_handle()
+}
+
 impl Drop for Generation {
     fn drop(&mut self) {
+        self.timer.abort();
+        self.account.count(self.usage);
         (0..self.answers.len()).for_each(|choice| self.end(choice, Ending::Abort));
     }
 }
@@ -307,4 +332,37 @@ impl Generation {
 /// The engine's word for an unknown failure of a task of ours.
 pub fn task_failed(error: impl std::fmt::Display) -> Error {
     Error::device("server", format!("a task failed ({error}); see the log"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::app::{App, Room, tests::options};
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn answers_end_with_their_time_though_nobody_asks_for_what_comes_next() {
+        let mut options = options(Duration::from_millis(100));
+        options.llm.engine.max_num_seqs = 1;
+        let model = Model::load(None, &options.llm, &[], 128).unwrap();
+        let app = Arc::new(App::new(options));
+        app.ready(model);
+        let model = app.model().unwrap();
+        // One behind the other, as long as can be.
+        let params = SamplingParams { ignore_eos: true, max_tokens: 4000, ..SamplingParams::default() };
+        let writing = Writing { stop: Vec::new(), include_stop: false, skip_special: true };
+        let order = Order { prompts: vec![vec![1]], n: 128, params, writing };
+        let admission = Admission::new(&app, &model, 128, Room::default()).unwrap();
+        let mut generation = Generation::start(admission, order, || Ok(None)).unwrap();
+        assert_eq!(model.service.under_way(), 128);
+        // Many times what is needed, and much less than all those tokens take.
+        for _ in 0..1000 {
+            if model.service.under_way() == 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(model.service.under_way(), 0);
+        let error = generation.next().await.unwrap().unwrap_err();
+        assert!(error.message().contains("raise --request-timeout"));
+    }
 }

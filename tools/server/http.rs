@@ -1,12 +1,13 @@
-//! Connections and what every request passes: its id, its key, a line in the log; and how all of it ends.
+//! Connections and what every request passes: the size of its head, its id, its key, a line in the log; and how all of it
+//! ends.
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use hyper::server::conn::http1;
@@ -15,31 +16,49 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use sha2::{Digest, Sha256};
 use tokio::net::{TcpListener, TcpStream};
-use tower_http::cors::{Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 
-use super::app::{App, random_id};
+use super::Options;
+use super::account::{Account, Followed, REQUEST};
+use super::app::App;
 use super::error::ApiError;
+use super::patient::Patient;
 
 /// How long a client may take to send the head of a request, or to begin the next one on the same connection.
 const HEAD_TIME: Duration = Duration::from_secs(30);
 
-/// Bytes of the head of a request, and its lines.
+/// How long a client may take nothing of what is written to it, at most.
+const WRITE_TIME: Duration = Duration::from_secs(60);
+
+/// Bytes of the head of a request, and its lines. Beyond twice as much the connection ends without a word of ours.
 const HEAD_BYTES: usize = 64 << 10;
 const HEAD_LINES: usize = 100;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Gives each request an id, or keeps its own, and writes a line into the log.
+/// Gives each request an id, or keeps its own, and writes a line into the log when it is over.
 pub async fn identify(request: Request, next: Next) -> Response {
-    let start = Instant::now();
-    let own = request.headers().get(REQUEST_ID).filter(|id| !id.is_empty() && id.len() <= 128).cloned();
-    let id = own.unwrap_or_else(|| HeaderValue::from_str(&random_id("req-")).expect("hexadecimal digits"));
+    let own = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
     let what = format!("{} {}", request.method(), request.uri().path());
-    let mut response = next.run(request).await;
-    let (status, ms) = (response.status().as_u16(), start.elapsed().as_millis());
-    log::info!("{what} gave {status} after {ms} ms (request {})", id.to_str().unwrap_or("of an unprintable id"));
+    // The answer to HEAD is over with its head.
+    let account = Account::new(what, own.filter(|id| !id.is_empty() && id.len() <= 128));
+    let mut followed = Followed::new(Arc::clone(&account), request.method() == Method::HEAD);
+    let mut response = match head_is_small(&request) {
+        true => REQUEST.scope(Arc::clone(&account), next.run(request)).await,
+        false => ApiError::head_too_large(HEAD_LINES, HEAD_BYTES).into_response(),
+    };
+    let id = HeaderValue::from_str(account.id()).expect("it came as a header or is hexadecimal");
     response.headers_mut().insert(REQUEST_ID, id);
-    response
+    followed.began(response.status());
+    response.map(|body| followed.body(body))
+}
+
+/// Whether the head of a request has no more lines and bytes than it may.
+fn head_is_small(request: &Request) -> bool {
+    let line = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + ": \r\n".len();
+    let bytes = request.uri().path_and_query().map_or(0, |path| path.as_str().len());
+    let lines = request.headers();
+    lines.len() <= HEAD_LINES && bytes + lines.iter().map(line).sum::<usize>() <= HEAD_BYTES
 }
 
 /// Lets a request pass that has one of the keys, where there are any; `/health` is for everybody.
@@ -97,7 +116,9 @@ fn base64(text: &str) -> Option<Vec<u8>> {
 
 /// Which pages of other origins may ask; None where none may.
 pub fn cors(origins: &[String]) -> Option<CorsLayer> {
-    let layer = CorsLayer::new().allow_methods(Any).allow_headers(Any).expose_headers([REQUEST_ID]);
+    let layer = CorsLayer::new().allow_methods(Any).expose_headers([REQUEST_ID]);
+    // `*` would not cover Authorization.
+    let layer = layer.allow_headers(AllowHeaders::mirror_request());
     if origins.is_empty() {
         return None;
     }
@@ -108,14 +129,19 @@ pub fn cors(origins: &[String]) -> Option<CorsLayer> {
 }
 
 /// Serves connections until `stop` is over; then lets requests under way finish, answers new ones as the handlers do,
-/// and ends when none is left, or when what `stop` gave is over.
-pub async fn serve<G: Future<Output = ()>>(listener: TcpListener, router: axum::Router, stop: impl Future<Output = G>) {
+/// and ends when none is left, or when what `stop` gave is over. A client that takes nothing for `write_time` is left.
+pub async fn serve<G: Future<Output = ()>>(
+    listener: TcpListener,
+    router: axum::Router,
+    write_time: Duration,
+    stop: impl Future<Output = G>,
+) {
     let graceful = GracefulShutdown::new();
     let mut stop = std::pin::pin!(stop);
     let give_up = loop {
         tokio::select! {
             accepted = listener.accept() => if let Some(stream) = usable(accepted).await {
-                let connection = graceful.watch(connection(stream, &router));
+                let connection = graceful.watch(connection(stream, write_time, &router));
                 tokio::spawn(async move { note(connection.await) });
             },
             give_up = &mut stop => break give_up,
@@ -125,7 +151,7 @@ pub async fn serve<G: Future<Output = ()>>(listener: TcpListener, router: axum::
     loop {
         tokio::select! {
             accepted = listener.accept() => if let Some(stream) = usable(accepted).await {
-                let connection = connection(stream, &router);
+                let connection = connection(stream, write_time, &router);
                 tokio::spawn(async move { note(connection.await) });
             },
             () = &mut finished => return,
@@ -134,7 +160,12 @@ pub async fn serve<G: Future<Output = ()>>(listener: TcpListener, router: axum::
     }
 }
 
-fn connection(stream: TcpStream, router: &axum::Router) -> http1::Connection<TokioIo<TcpStream>, HyperService> {
+/// How long a client may take nothing of what is written to it: no longer than its request may take.
+pub fn write_time(options: &Options) -> Duration {
+    WRITE_TIME.min(options.request_timeout.max(Duration::from_secs(1)))
+}
+
+fn connection(stream: TcpStream, write_time: Duration, router: &axum::Router) -> Connection {
     // Tokens are small, and each is awaited.
     if let Err(error) = stream.set_nodelay(true) {
         log::debug!("a connection waits for full packets: {error}");
@@ -143,10 +174,12 @@ fn connection(stream: TcpStream, router: &axum::Router) -> http1::Connection<Tok
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
-        .max_buf_size(HEAD_BYTES)
-        .max_headers(HEAD_LINES)
-        .serve_connection(TokioIo::new(stream), service)
+        .max_buf_size(2 * HEAD_BYTES)
+        .max_headers(2 * HEAD_LINES)
+        .serve_connection(TokioIo::new(Patient::new(stream, write_time)), service)
 }
+
+type Connection = http1::Connection<TokioIo<Patient>, HyperService>;
 
 type HyperService = TowerToHyperService<Adapter>;
 

@@ -10,7 +10,7 @@ use quaver_core::engine::PAGE_TOKENS;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::app::{App, Body, blocking};
+use super::app::{App, Body, Work};
 use super::chat::Conversation;
 use super::completions::ids;
 use super::error::{ApiError, ApiResult};
@@ -75,22 +75,24 @@ pub struct Tokenize {
 }
 
 /// `POST /tokenize`: the tokens of a text or a conversation.
-pub async fn tokenize(State(app): State<Arc<App>>, Body(request): Body<Tokenize>) -> ApiResult<Json<Value>> {
+pub async fn tokenize(State(app): State<Arc<App>>, Body(request, room): Body<Tokenize>) -> ApiResult<Json<Value>> {
     let model = app.model()?;
     model.check_name(request.model.as_deref())?;
     let context = model.service.limits().context;
     let with_names = request.return_token_strs.unwrap_or(false);
-    let (tokens, names) = blocking(move || {
+    let work = move || {
+        // Until the tokens are there.
+        let _room = room;
         let tokenizer = model.text.tokenizer()?;
         let tokens = match &request.prompt {
-            Some(prompt) => tokenizer.encode(prompt, request.add_special_tokens.unwrap_or(true))?,
+            Some(prompt) => model.text.encode_text(prompt, request.add_special_tokens.unwrap_or(true))?,
             None => request.conversation.encode(&model, true)?,
         };
         let names: Option<Vec<String>> =
             with_names.then(|| tokens.iter().map(|id| tokenizer.id_to_token(*id).unwrap_or_default()).collect());
         Ok((tokens, names))
-    })
-    .await?;
+    };
+    let (tokens, names) = app.blocking(Work::Text, app.deadline(), work).await?;
     let count = tokens.len();
     Ok(Json(json!({"count": count, "max_model_len": context, "tokens": tokens, "token_strs": names})))
 }
@@ -103,11 +105,15 @@ pub struct Detokenize {
 }
 
 /// `POST /detokenize`.
-pub async fn detokenize(State(app): State<Arc<App>>, Body(request): Body<Detokenize>) -> ApiResult<Json<Value>> {
+pub async fn detokenize(State(app): State<Arc<App>>, Body(request, room): Body<Detokenize>) -> ApiResult<Json<Value>> {
     let model = app.model()?;
     model.check_name(request.model.as_deref())?;
-    let ids = ids(&request.tokens)?;
-    let text = blocking(move || Ok(model.text.tokenizer()?.decode(&ids, false)?)).await?;
+    model.text.check_count(request.tokens.len())?;
+    let work = move || {
+        let _room = room;
+        Ok(model.text.tokenizer()?.decode(&ids(&request.tokens)?, false)?)
+    };
+    let text = app.blocking(Work::Text, app.deadline(), work).await?;
     Ok(Json(json!({"prompt": text})))
 }
 

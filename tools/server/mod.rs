@@ -1,6 +1,8 @@
 //! The server: OpenAI's HTTP API, as vLLM serves it, over the engine. A handler turns a request into an order, hands it
 //! to the engine's thread, and turns what comes back into JSON. `quaver serve` is the caller.
 
+mod account;
+mod admission;
 mod app;
 mod batch;
 mod chat;
@@ -12,6 +14,7 @@ mod info;
 mod logprobs;
 mod metrics;
 mod model;
+mod patient;
 mod pythonic;
 mod responses;
 mod sampling;
@@ -29,7 +32,8 @@ use axum::routing::{get, post};
 use quaver_core::{Error, Result};
 use tokio::net::TcpListener;
 
-use self::app::App;
+pub use self::account::request_id;
+use self::app::{App, BLOCKING_THREADS};
 pub use self::batch::{Summary, run as batch};
 use self::error::ApiError;
 use self::model::Model;
@@ -56,7 +60,7 @@ pub struct Options {
     pub max_queue: usize,
     /// Bytes of a request's body.
     pub max_body_size: u64,
-    /// How long a request may take.
+    /// How long a request may take, from its body on.
     pub request_timeout: Duration,
     /// How long requests under way may take at the end.
     pub shutdown_timeout: Duration,
@@ -87,7 +91,8 @@ pub enum Event {
 /// Where the address cannot be listened at, or the model cannot be loaded.
 pub fn run<S: AsyncFnMut()>(options: Options, signals: impl FnOnce() -> S, on_event: impl Fn(Event)) -> Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.worker_threads(2).max_blocking_threads(8).thread_name("http").enable_all().build();
+    let runtime =
+        runtime.worker_threads(2).max_blocking_threads(BLOCKING_THREADS).thread_name("http").enable_all().build();
     let failed = |e| Error::device("server", format!("no threads to serve with ({e}); free some memory"));
     let runtime = runtime.map_err(failed)?;
     let result = runtime.block_on(async {
@@ -119,7 +124,7 @@ pub fn run<S: AsyncFnMut()>(options: Options, signals: impl FnOnce() -> S, on_ev
                 }
             }
         };
-        let serving = http::serve(listener, router(&app), draining);
+        let serving = http::serve(listener, router(&app), http::write_time(&app.options), draining);
         let loaded = async {
             let failed = |e| Error::device("server", format!("the model could not be loaded: {e}"));
             loading.await.map_err(failed)??;

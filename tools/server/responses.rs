@@ -9,9 +9,12 @@ use quaver_core::engine::FinishReason;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::app::{App, Body, blocking, random_id, unix_time};
+use super::account::answer_id;
+use super::admission::Admission;
+use super::app::{App, Body, Work, random_id, unix_time};
 use super::error::{ApiError, ApiResult};
 use super::generation::{Delta, End, Generation, Order};
+use super::model::Model;
 use super::sampling::Sampling;
 use super::sse::{self, Chunk, Chunks};
 use super::structure::{Structure, response_format};
@@ -37,7 +40,7 @@ pub struct Request {
 }
 
 /// Answers a request.
-pub async fn create(State(app): State<Arc<App>>, Body(request): Body<Request>) -> ApiResult<Response> {
+pub async fn create(State(app): State<Arc<App>>, Body(request, room): Body<Request>) -> ApiResult<Response> {
     let model = app.model()?;
     model.check_name(request.model.as_deref())?;
     if request.previous_response_id.is_some() {
@@ -59,11 +62,12 @@ pub async fn create(State(app): State<Arc<App>>, Body(request): Body<Request>) -
         (format, other) => format.or(other),
     };
     let writing = request.sampling.writing()?;
-    let reader = Arc::clone(&model);
-    let (prompt, guides) =
-        blocking(move || Ok((reader.text.encode(&Prompt::Messages(messages))?, reader.guides(grammar)?))).await?;
+    let admission = Admission::new(&app, &model, 1, room)?;
+    let encode = move |model: &Model| Ok(model.text.encode(&Prompt::Messages(messages))?);
+    let (admission, prompt) = admission.prepare(Work::Text, encode).await?;
+    let (admission, guides) = admission.guides(grammar).await?;
     let shape = Shape {
-        id: random_id("resp_"),
+        id: answer_id("resp_"),
         message: random_id("msg_"),
         created: unix_time(),
         model: request.model.unwrap_or_else(|| model.names[0].clone()),
@@ -71,7 +75,7 @@ pub async fn create(State(app): State<Arc<App>>, Body(request): Body<Request>) -
         metadata: request.metadata.unwrap_or_else(|| json!({})),
     };
     let order = Order { prompts: vec![prompt], n: 1, params, writing };
-    let mut generation = Generation::start(model, order, app.options.request_timeout, || guides.guide())?;
+    let mut generation = Generation::start(admission, order, || guides.guide())?;
     if request.stream.unwrap_or(false) {
         return Ok(sse::respond(generation, Stream { shape, number: 0, text: String::new(), end: None }));
     }

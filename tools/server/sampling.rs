@@ -11,10 +11,11 @@ use super::error::{ApiError, ApiResult};
 use crate::text::StopStrings;
 
 /// Choices of one prompt, at most; OpenAI's limit.
-const MAX_N: usize = 128;
+pub const MAX_N: usize = 128;
 
-/// Stop strings of a request, at most: each is held against each byte of the answer.
-const MAX_STOPS: usize = 64;
+/// Stop strings of a request, and bytes of each, at most: each is held against each byte of the answer. OpenAI takes four.
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 1 << 10;
 
 /// How to choose tokens, and when to stop.
 #[derive(Debug, Default, Deserialize)]
@@ -88,12 +89,17 @@ impl Sampling {
                     ApiError::invalid("prompt_logprobs", format!("prompt_logprobs is {n}; give 0 to 20"))
                 })?),
             };
-        let mut logit_bias = Vec::new();
+        let mut logit_bias = BTreeMap::new();
         for (id, bias) in self.logit_bias.iter().flatten() {
             let id = id
                 .parse()
                 .map_err(|_| ApiError::invalid("logit_bias", format!("logit_bias: {id:?} is no token id")))?;
-            logit_bias.push((id, *bias));
+            if logit_bias.insert(id, *bias).is_some() {
+                return Err(ApiError::invalid(
+                    "logit_bias",
+                    format!("logit_bias names token {id} twice; name it once"),
+                ));
+            }
         }
         let params = SamplingParams {
             temperature: self.temperature.unwrap_or(defaults.temperature),
@@ -104,7 +110,7 @@ impl Sampling {
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
             seed: self.seed.map(|seed| seed as u64),
-            logit_bias,
+            logit_bias: logit_bias.into_iter().collect(),
             max_tokens: self.max_completion_tokens.or(self.max_tokens).unwrap_or(max_tokens),
             min_tokens: self.min_tokens.unwrap_or(0),
             stop_token_ids: self.stop_token_ids.clone().unwrap_or_default(),
@@ -145,6 +151,10 @@ impl Sampling {
                 "stop",
                 format!("{} stop strings are given, at most {MAX_STOPS} may be", stop.len()),
             ));
+        }
+        if let Some(long) = stop.iter().find(|stop| stop.len() > MAX_STOP_BYTES) {
+            let why = format!("a stop string has {} bytes, at most {MAX_STOP_BYTES} may be", long.len());
+            return Err(ApiError::invalid("stop", why));
         }
         StopStrings::new(&stop).map_err(|error| ApiError::invalid("stop", error.to_string()))?;
         Ok(Writing {

@@ -15,6 +15,10 @@ use serde_json::{Value, json};
 use super::error::{ApiError, ApiResult};
 use super::model::Model;
 
+/// Bytes of a form, whatever its kind, and texts of a choice, at most: compiling takes time and memory with them.
+const MAX_FORM_BYTES: usize = 1 << 20;
+const MAX_CHOICES: usize = 10_000;
+
 /// The fields that speak of it: OpenAI's, vLLM's, and vLLM's older ones.
 #[derive(Debug, Default, Deserialize)]
 pub struct Structure {
@@ -79,7 +83,9 @@ impl Structure {
             let why = "several forms of the answer are asked for; give one";
             return Err(ApiError::invalid("structured_outputs", why));
         }
-        Ok(found.pop())
+        let found = found.pop();
+        found.iter().try_for_each(Grammar::check_size)?;
+        Ok(found)
     }
 }
 
@@ -98,6 +104,24 @@ pub fn response_format(format: &Value) -> ApiResult<Option<Grammar>> {
 }
 
 impl Grammar {
+    /// Refuses what is too large to be compiled.
+    fn check_size(&self) -> ApiResult<()> {
+        let bytes = match self {
+            Grammar::Schema(schema) => schema.to_string().len(),
+            Grammar::Regex(text) | Grammar::Lark(text) => text.len(),
+            Grammar::Choice(choices) if choices.len() > MAX_CHOICES => {
+                let why = format!("{} choices are given, at most {MAX_CHOICES} may be", choices.len());
+                return Err(ApiError::invalid("structured_outputs", why));
+            }
+            Grammar::Choice(choices) => choices.iter().map(String::len).sum(),
+        };
+        if bytes > MAX_FORM_BYTES {
+            let why = format!("the form of the answer has {bytes} bytes, at most {MAX_FORM_BYTES} may be");
+            return Err(ApiError::invalid("structured_outputs", why));
+        }
+        Ok(())
+    }
+
     fn compile(&self) -> Result<TopLevelGrammar> {
         match self {
             Grammar::Schema(schema) => {

@@ -3,9 +3,11 @@
 //! Invariant: how the text is cut into pieces changes nothing. A stop is found at the character that completes it; of
 //! several that end there, the longest counts. Its caller is whoever streams the pieces of a `Detokenizer`.
 
+use std::sync::Arc;
+
 use quaver_core::{Error, Result};
 
-/// Ends a text at the first stop string, and holds back what may become one.
+/// Ends a text at the first stop string, and holds back what may become one. A clone shares the stop strings.
 ///
 /// ```
 /// use quaver::text::StopStrings;
@@ -36,9 +38,9 @@ pub struct Piece {
 /// One stop string as Knuth, Morris and Pratt match it: a step a byte, whatever the text.
 #[derive(Clone, Debug)]
 struct Stop {
-    text: Vec<u8>,
+    text: Arc<[u8]>,
     /// At `i`: the length of the longest proper prefix of `text` that ends at byte `i`.
-    fallback: Vec<usize>,
+    fallback: Arc<[usize]>,
     /// Bytes of `text` that the text so far ends with; less than all of them.
     matched: usize,
 }
@@ -97,7 +99,7 @@ impl Stop {
             length += usize::from(text[i] == text[length]);
             fallback[i] = length;
         }
-        Stop { text: text.to_vec(), fallback, matched: 0 }
+        Stop { text: text.into(), fallback: fallback.into(), matched: 0 }
     }
 
     /// Whether `byte` completes the stop string.
@@ -175,6 +177,16 @@ mod tests {
     fn an_empty_stop_is_refused() {
         let error = StopStrings::new(&["a".into(), String::new()]).unwrap_err();
         assert_eq!(error.to_string(), "stop string 1: is empty; give at least one character");
+    }
+
+    #[test]
+    fn clones_share_the_stop_strings_and_not_what_they_matched() {
+        let mut first = stops(&["abc"]);
+        assert_eq!(first.push("ab").text, "");
+        let mut second = first.clone();
+        assert!(Arc::ptr_eq(&first.stops[0].text, &second.stops[0].text));
+        assert!(Arc::ptr_eq(&first.stops[0].fallback, &second.stops[0].fallback));
+        assert_eq!((first.push("c").stopped, second.push("x").text.as_str()), (Some(0), "abx"));
     }
 
     #[test]

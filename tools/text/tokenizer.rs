@@ -4,7 +4,7 @@
 //! because deserializing it in one go buffers the vocabulary twice and takes twice as long.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use quaver_core::{Error, Result};
 use serde::Deserialize;
@@ -29,6 +29,8 @@ struct Shared {
     tokenizer: tokenizers::Tokenizer,
     decoding: Decoding,
     vocab_size: usize,
+    /// See [`Tokenizer::longest_token`].
+    longest: OnceLock<usize>,
 }
 
 /// The file's outline. `truncation` and `padding` are left out: Hugging Face switches both off unless a call asks.
@@ -129,6 +131,13 @@ impl Tokenizer {
         if self.is_special_token(&token) { token.into_bytes() } else { self.shared.decoding.bytes(&token) }
     }
 
+    /// Bytes of the longest token: no text of more than so many for each token is written with these tokens. Looked for
+    /// once, which takes some hundredths of a second.
+    pub fn longest_token(&self) -> usize {
+        let longest = || (0..self.vocab_size() as u32).map(|id| self.token_bytes(id).len()).max();
+        *self.shared.longest.get_or_init(|| longest().unwrap_or(0))
+    }
+
     /// Whether the id is a special token, which `skip_special` leaves out.
     pub fn is_special(&self, id: u32) -> bool {
         self.id_to_token(id).is_some_and(|token| self.is_special_token(&token))
@@ -188,7 +197,7 @@ fn build(tokenizer_json: &[u8]) -> Result<Tokenizer> {
         }
     }
     let vocab_size = tokenizer.get_vocab_size(true);
-    Ok(Tokenizer { shared: Arc::new(Shared { tokenizer, decoding, vocab_size }) })
+    Ok(Tokenizer { shared: Arc::new(Shared { tokenizer, decoding, vocab_size, longest: OnceLock::new() }) })
 }
 
 fn part<T, E: std::fmt::Display>(name: &str, result: std::result::Result<T, E>) -> Result<T> {
@@ -229,6 +238,7 @@ mod tests {
         assert_eq!(tokenizer.decode(&[2, 3, 999, 1], true).unwrap(), "abb");
         assert_eq!([2, 3, 999].map(|id| tokenizer.token_bytes(id)), [&b"ab"[..], b"<s>", b""]);
         assert_eq!((tokenizer.vocab_size(), tokenizer.token_to_id("ab")), (4, Some(2)));
+        assert_eq!(tokenizer.longest_token(), "<s>".len());
         assert_eq!((tokenizer.is_special(3), tokenizer.is_special(2), tokenizer.is_special(999)), (true, false, false));
         assert_eq!(format!("{tokenizer:?}"), "Tokenizer { vocab_size: 4, .. }");
     }
