@@ -18,7 +18,8 @@ use super::model::Model;
 use super::sampling::{Sampling, Streaming, refuse_template};
 use super::sse::{self, Chunk, Chunks};
 use super::structure::Structure;
-use super::tools::{Piece, ToolCalls, Tools};
+use super::tool_calls::ToolCalls;
+use super::tools::{Piece, Tools};
 use crate::text::RenderOptions;
 
 /// What a chat template is given.

@@ -17,6 +17,7 @@ mod responses;
 mod sampling;
 mod sse;
 mod structure;
+mod tool_calls;
 mod tools;
 
 use std::net::SocketAddr;

@@ -47,6 +47,13 @@ pub enum Grammar {
     Choice(Vec<String>),
     /// A grammar in Lark's notation.
     Lark(String),
+    /// Calls of functions, in JSON of one of some schemas, from one on.
+    Calls {
+        /// The schema of each function's call.
+        calls: Vec<Value>,
+        /// Calls of an answer, at most.
+        most: usize,
+    },
 }
 
 impl Structure {
@@ -100,19 +107,7 @@ pub fn response_format(format: &Value) -> ApiResult<Option<Grammar>> {
 impl Grammar {
     fn compile(&self) -> Result<TopLevelGrammar> {
         match self {
-            Grammar::Schema(schema) => {
-                let mut schema = schema.clone();
-                if let Some(schema) = schema.as_object_mut() {
-                    schema.entry("x-guidance").or_insert_with(|| {
-                        json!({
-                            // A small model would go on with spaces for ever.
-                            "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": ",
-                            "coerce_one_of": true
-                        })
-                    });
-                }
-                Ok(TopLevelGrammar::from_json_schema(schema))
-            }
+            Grammar::Schema(schema) => Ok(TopLevelGrammar::from_json_schema(plain(schema))),
             Grammar::Regex(regex) => Ok(TopLevelGrammar::from_regex(regex)),
             Grammar::Choice(choices) if choices.is_empty() => Err(refused("choice has no texts; give at least one")),
             Grammar::Choice(choices) => {
@@ -121,8 +116,29 @@ impl Grammar {
                 Ok(TopLevelGrammar::from_lark(format!("start: {}", literals.join(" | "))))
             }
             Grammar::Lark(grammar) => Ok(TopLevelGrammar::from_lark(grammar.clone())),
+            Grammar::Calls { calls, most } => {
+                let calls: Vec<String> = calls.iter().map(|call| format!("%json {}", plain(call))).collect();
+                let more = match most {
+                    0 | 1 => String::new(),
+                    most => format!(" (\"; \" call){{0,{}}}", most - 1),
+                };
+                Ok(TopLevelGrammar::from_lark(format!("start: call{more}\ncall: {}", calls.join(" | "))))
+            }
         }
     }
+}
+
+/// A schema whose JSON is written in one way, unless it says how itself: a small model would go on with spaces for ever.
+fn plain(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Some(schema) = schema.as_object_mut() {
+        schema.entry("x-guidance").or_insert_with(|| {
+            json!({
+                "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": true
+            })
+        });
+    }
+    schema
 }
 
 fn refused(why: impl std::fmt::Display) -> Error {
