@@ -6,6 +6,7 @@ mod batch;
 mod chat;
 mod completions;
 mod error;
+mod gbnf;
 mod generation;
 mod http;
 mod info;
