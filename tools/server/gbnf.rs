@@ -148,8 +148,11 @@ fn tokens(grammar: &str) -> Result<Vec<Token>, String> {
     Ok(tokens)
 }
 
-/// Characters up to a quote, and whether each was escaped; and what is behind it.
-fn quoted(text: &str, quote: char) -> Result<(Vec<(char, bool)>, &str), String> {
+/// A character, and whether it was escaped.
+type Quoted = (char, bool);
+
+/// Characters up to a quote, and what is behind it.
+fn quoted(text: &str, quote: char) -> Result<(Vec<Quoted>, &str), String> {
     let mut found = Vec::new();
     let mut chars = text.chars();
     while let Some(c) = chars.next() {
@@ -181,7 +184,7 @@ fn code(chars: &mut Chars, digits: usize) -> Option<char> {
 }
 
 /// A class, as a regular expression.
-fn class(chars: &[(char, bool)]) -> Result<String, String> {
+fn class(chars: &[Quoted]) -> Result<String, String> {
     let is_negated = chars.first() == Some(&('^', false));
     let chars = &chars[usize::from(is_negated)..];
     if chars.is_empty() {

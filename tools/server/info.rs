@@ -15,6 +15,7 @@ use super::chat::Conversation;
 use super::completions::ids;
 use super::error::{ApiError, ApiResult};
 use super::model::Model;
+use crate::{Error, Prompt};
 
 /// `GET /health`: whether requests are taken.
 pub async fn health(State(app): State<Arc<App>>) -> Response {
@@ -83,7 +84,9 @@ pub async fn tokenize(State(app): State<Arc<App>>, Body(request): Body<Tokenize>
     let (tokens, names) = blocking(move || {
         let tokenizer = model.text.tokenizer()?;
         let tokens = match &request.prompt {
-            Some(prompt) => tokenizer.encode(prompt, request.add_special_tokens.unwrap_or(true))?,
+            Some(prompt) if request.add_special_tokens == Some(false) => tokenizer.encode(prompt, false)?,
+            // As for a completion: what begins with the begin-of-text token gets no second one.
+            Some(prompt) => model.text.encode(&Prompt::Text(prompt.clone()))?,
             None => request.conversation.encode(&model, true)?,
         };
         let names: Option<Vec<String>> =
@@ -107,7 +110,15 @@ pub async fn detokenize(State(app): State<Arc<App>>, Body(request): Body<Detoken
     let model = app.model()?;
     model.check_name(request.model.as_deref())?;
     let ids = ids(&request.tokens)?;
-    let text = blocking(move || Ok(model.text.tokenizer()?.decode(&ids, false)?)).await?;
+    let text = blocking(move || {
+        let tokenizer = model.text.tokenizer()?;
+        let vocab = tokenizer.vocab_size();
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            Some(&id) => Err(Error::TokenOutOfRange { id, vocab }.into()),
+            None => Ok(tokenizer.decode(&ids, false)?),
+        }
+    })
+    .await?;
     Ok(Json(json!({"prompt": text})))
 }
 

@@ -125,13 +125,13 @@ impl<'a> Scan<'a> {
     }
 
     /// One of some words, with `end` behind it.
-    fn word<'w>(&mut self, words: impl Iterator<Item = &'w str>, end: char) -> Result<&'w str, Miss> {
+    fn word<'w>(&mut self, mut words: impl Iterator<Item = &'w str>, end: char) -> Result<&'w str, Miss> {
         let rest = self.rest();
         let Some(length) = rest.find(end) else {
-            let is_open = words.into_iter().any(|word| word.starts_with(rest));
+            let is_open = words.any(|word| word.starts_with(rest));
             return Err(if is_open { Miss::Open } else { Miss::Never });
         };
-        let word = words.into_iter().find(|word| *word == &rest[..length]).ok_or(Miss::Never)?;
+        let word = words.find(|word| *word == &rest[..length]).ok_or(Miss::Never)?;
         self.at += length + end.len_utf8();
         Ok(word)
     }

@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::{ApiError, ApiResult};
+use super::sampling::refuse;
 use super::structure::Grammar;
 use super::tool_calls::ToolCalls;
 
@@ -17,6 +18,8 @@ pub struct Tools {
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
     parallel_tool_calls: Option<bool>,
+    functions: Option<Value>,
+    function_call: Option<Value>,
 }
 
 /// Tools that were checked.
@@ -63,6 +66,9 @@ impl Tools {
 
     /// Checks them.
     pub fn check(&self) -> ApiResult<Checked> {
+        // OpenAI's older names of tools and tool_choice.
+        refuse("functions", self.functions.as_ref())?;
+        refuse("function_call", self.function_call.as_ref())?;
         let tools = self.tools.as_deref().unwrap_or_default();
         if tools.len() > MAX_TOOLS {
             return Err(ApiError::invalid(
