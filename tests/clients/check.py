@@ -157,7 +157,7 @@ def metrics(url):
     request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     families = {f.name: f for f in text_string_to_metric_families(urllib.request.urlopen(request).read().decode())}
     for name in ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens"]:
-        assert families[f"vllm:{name}"].samples[0].labels == {"model_name": "demo"}, name
+        assert families[f"vllm:{name}"].samples[0].labels == {"model_name": "demo", "engine": "0"}, name
     first = families["vllm:time_to_first_token_seconds"]
     assert first.type == "histogram" and next(s.value for s in first.samples if s.name.endswith("_count")) > 10
     assert families["quaver:kv_pages_used"].samples[0].value == 0

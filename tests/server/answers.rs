@@ -31,6 +31,10 @@ fn a_chat_is_answered_whole_and_in_pieces_that_add_up() {
     assert!(stream.windows(2).all(|pair| tokens(&pair[0]["usage"]) <= tokens(&pair[1]["usage"])));
     let text: String = stream.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!((text.as_str(), &stream.last().unwrap()["choices"][0]["finish_reason"]), (HOOK.1, &json!("stop")));
+    // Scores of the prompt come with the end of the answer, and without a usage that was not asked for.
+    let scored = chunks(server.stream(CHAT, &chat(HOOK.0, json!({"prompt_logprobs": 0}))));
+    assert!(scored.iter().all(|chunk| chunk.get("usage").is_none() && chunk["choices"][0].is_object()));
+    assert!(scored.last().unwrap()["prompt_logprobs"].as_array().unwrap().len() > 32);
     // Parts, and a last message that is gone on with.
     let parts = json!({"messages": [{"role": "user", "content": [{"type": "text", "text": HOOK.0}]},
         {"role": "assistant", "content": "Captain Hook is"}], "temperature": 0, "continue_final_message": true});
@@ -230,6 +234,7 @@ fn a_response_is_given_whole_and_as_events() {
         .map(|data| serde_json::from_str(data).unwrap())
         .collect();
     let names: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("event: ")).collect();
+    assert!(lines.windows(2).all(|pair| !pair[0].starts_with("event: ") || pair[1].starts_with("data: ")));
     assert!(names.iter().zip(&events).all(|(name, event)| event["type"] == *name) && names.len() == events.len());
     assert!(events.iter().enumerate().all(|(i, event)| event["sequence_number"] == i));
     let text: String = events.iter().filter_map(|event| event["delta"].as_str()).collect();
@@ -270,6 +275,13 @@ fn what_means_nothing_is_refused_in_openais_shape() {
         (TEXT, json!({"prompt": "Hi", "suffix": "!"}), 400, "suffix is not supported"),
         (TEXT, json!({"prompt": "Hi", "best_of": 3}), 400, "best_of"),
         (TEXT, json!({"prompt": "x".repeat(30_000)}), 413, "larger than 20480 bytes"),
+        (TEXT, json!({"prompt": "Hi", "bad_words": ["a"]}), 400, "bad_words is not supported"),
+        (TEXT, json!({"prompt": "Hi", "return_token_ids": true}), 400, "return_token_ids is not supported"),
+        (CHAT, json!({"messages": message, "functions": [{"name": "f"}]}), 400, "functions is not supported"),
+        ("/v1/responses", json!({"input": "Hi", "background": true}), 400, "background is not supported"),
+        ("/v1/responses", json!({"input": "Hi", "truncation": "auto"}), 400, "truncation is not supported"),
+        ("/v1/responses", json!({"input": "Hi", "n": 2}), 400, "a response is one answer"),
+        ("/detokenize", json!({"tokens": [9999]}), 400, "token id 9999 is out of range"),
         ("/v1/embeddings", json!({"input": "Hi"}), 404, "embeddings are not supported"),
         ("/v1/audio", json!({}), 404, "no such route"),
         ("/detokenize", json!({"tokens": ["a"]}), 400, "whole numbers"),
@@ -292,6 +304,8 @@ fn tokens_models_and_versions_are_told() {
     let tokens = server.post("/tokenize", &json!({"prompt": "It was", "return_token_strs": true})).json();
     assert_eq!((&tokens["tokens"], &tokens["count"]), (&json!([4080, 895, 305]), &json!(3)));
     assert_eq!(tokens["token_strs"], json!(["<|begin_of_text|>", "It", "Ġwas"]));
+    let begun = server.post("/tokenize", &json!({"prompt": "<|begin_of_text|>It was"})).json();
+    assert_eq!(begun["tokens"], tokens["tokens"]);
     let asked = server.post("/tokenize", &json!({"messages": [{"role": "user", "content": HOOK.0}]})).json();
     let text =
         server.post("/detokenize", &json!({"tokens": asked["tokens"]})).json()["prompt"].as_str().unwrap().to_owned();

@@ -20,7 +20,8 @@ use super::model::Model;
 use super::sampling::{Sampling, Streaming, refuse_template};
 use super::sse::{self, Chunk, Chunks};
 use super::structure::Structure;
-use super::tools::{Piece, ToolCalls, Tools};
+use super::tool_calls::ToolCalls;
+use super::tools::{Piece, Tools};
 use crate::text::RenderOptions;
 
 /// What a chat template is given.
@@ -61,6 +62,12 @@ impl Conversation {
 /// the JSON itself.
 fn with_parsed_arguments(messages: &Value) -> Value {
     let mut messages = messages.clone();
+    for message in messages.as_array_mut().into_iter().flatten() {
+        // OpenAI calls a system's message a developer's now.
+        if message["role"] == "developer" {
+            message["role"] = "system".into();
+        }
+    }
     let all = messages.as_array_mut().into_iter().flatten();
     for call in all.filter_map(|message| message.get_mut("tool_calls")?.as_array_mut()).flatten() {
         if let Some(arguments) = call.pointer_mut("/function/arguments")
@@ -254,17 +261,19 @@ impl Chunks for Stream {
             (choice["finish_reason"], choice["stop_reason"]) = ending(generation, end, last, self.calls[i].count());
             choices.push(choice);
         }
-        Ok(choices.into_iter().map(|choice| self.chunk(generation, vec![choice])).collect())
+        let mut chunks: Vec<Chunk> = choices.into_iter().map(|choice| self.chunk(generation, vec![choice])).collect();
+        // The scores are those of the prompt, whose first answer has them.
+        let scored = chunks.last_mut().filter(|_| self.shape.scores && i == 0 && delta.end.is_some());
+        if let Some(chunk) = scored {
+            chunk.data["prompt_logprobs"] = prompt_logprobs(&Speller::new(generation.model()), &self.scores);
+        }
+        Ok(chunks)
     }
 
     fn end(&mut self, generation: &Generation) -> Vec<Chunk> {
-        if !self.usage.0 && !self.shape.scores {
+        if !self.usage.0 {
             return Vec::new();
         }
-        let mut object = self.shape.object("chat.completion.chunk", Vec::new(), Some(generation.usage()));
-        if self.shape.scores {
-            object["prompt_logprobs"] = prompt_logprobs(&Speller::new(generation.model()), &self.scores);
-        }
-        vec![object.into()]
+        vec![self.shape.object("chat.completion.chunk", Vec::new(), Some(generation.usage())).into()]
     }
 }

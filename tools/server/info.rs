@@ -15,6 +15,7 @@ use super::chat::Conversation;
 use super::completions::ids;
 use super::error::{ApiError, ApiResult};
 use super::model::Model;
+use crate::{Error, Prompt};
 
 /// `GET /health`: whether requests are taken.
 pub async fn health(State(app): State<Arc<App>>) -> Response {
@@ -85,7 +86,9 @@ pub async fn tokenize(State(app): State<Arc<App>>, Body(request, room): Body<Tok
         let _room = room;
         let tokenizer = model.text.tokenizer()?;
         let tokens = match &request.prompt {
-            Some(prompt) => model.text.encode_text(prompt, request.add_special_tokens.unwrap_or(true))?,
+            Some(prompt) if request.add_special_tokens == Some(false) => model.text.encode_text(prompt, false)?,
+            // As for a completion: what begins with the begin-of-text token gets no second one.
+            Some(prompt) => model.text.encode(&Prompt::Text(prompt.clone()))?,
             None => request.conversation.encode(&model, true)?,
         };
         let names: Option<Vec<String>> =
@@ -111,7 +114,12 @@ pub async fn detokenize(State(app): State<Arc<App>>, Body(request, room): Body<D
     model.text.check_count(request.tokens.len())?;
     let work = move || {
         let _room = room;
-        Ok(model.text.tokenizer()?.decode(&ids(&request.tokens)?, false)?)
+        let (tokenizer, ids) = (model.text.tokenizer()?, ids(&request.tokens)?);
+        let vocab = tokenizer.vocab_size();
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            Some(&id) => Err(Error::TokenOutOfRange { id, vocab }.into()),
+            None => Ok(tokenizer.decode(&ids, false)?),
+        }
     };
     let text = app.blocking(Work::Text, app.deadline(), work).await?;
     Ok(Json(json!({"prompt": text})))

@@ -70,15 +70,19 @@ impl Histogram {
     }
 
     fn write(&self, out: &mut Exposition) {
-        out.head(self.name, self.help, "histogram");
+        self.write_as(self.name, out);
+    }
+
+    fn write_as(&self, name: &str, out: &mut Exposition) {
+        out.head(name, self.help, "histogram");
         let mut below = 0;
         let bounds = self.bounds.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
         for (count, bound) in self.counts.iter().zip(bounds) {
             below += count.load(Ordering::Relaxed);
-            out.sample(&format!("{}_bucket", self.name), &format!(",le=\"{bound}\""), below as f64);
+            out.sample(&format!("{name}_bucket"), &format!(",le=\"{bound}\""), below as f64);
         }
-        out.sample(&format!("{}_sum", self.name), "", self.sum.load(Ordering::Relaxed) as f64 / 1e6);
-        out.sample(&format!("{}_count", self.name), "", below as f64);
+        out.sample(&format!("{name}_sum"), "", self.sum.load(Ordering::Relaxed) as f64 / 1e6);
+        out.sample(&format!("{name}_count"), "", below as f64);
     }
 }
 
@@ -161,6 +165,8 @@ impl Metrics {
         let label = format!(",block_size=\"{page_tokens}\",num_gpu_blocks=\"{}\"", stats.pages);
         out.sample("vllm:cache_config_info", &label, 1.0);
         self.histograms().for_each(|histogram| histogram.write(&mut out));
+        // vLLM's older name.
+        self.inter_token_latency.write_as("vllm:time_per_output_token_seconds", &mut out);
         out.text
     }
 }
@@ -168,14 +174,14 @@ impl Metrics {
 /// The text under way.
 struct Exposition {
     text: String,
-    /// `model_name="..."`.
+    /// `model_name="...",engine="0"`.
     model: String,
 }
 
 impl Exposition {
     fn new(model: &str) -> Self {
         let model = model.replace('\\', r"\\").replace('"', "\\\"").replace('\n', "\\n");
-        Exposition { text: String::new(), model: format!("model_name=\"{model}\"") }
+        Exposition { text: String::new(), model: format!("model_name=\"{model}\",engine=\"0\"") }
     }
 
     fn head(&mut self, name: &str, help: &str, kind: &str) {
@@ -189,5 +195,24 @@ impl Exposition {
     fn one(&mut self, name: &str, help: &str, kind: &str, value: f64) {
         self.head(name, help, kind);
         self.sample(name, "", value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_has_its_engine_and_a_time_per_token_both_its_names() {
+        let metrics = Metrics::new();
+        metrics.inter_token_latency.observe(Duration::from_millis(20));
+        let text = metrics.render("a\"b", &Stats::default(), 16);
+        let mut series = text.lines().filter(|line| !line.starts_with('#'));
+        assert!(series.all(|line| line.contains(r#"{model_name="a\"b",engine="0""#)), "{text}");
+        for name in ["inter_token_latency", "time_per_output_token"] {
+            assert!(
+                text.contains(&format!(r#"vllm:{name}_seconds_bucket{{model_name="a\"b",engine="0",le="0.025"}} 1"#))
+            );
+        }
     }
 }

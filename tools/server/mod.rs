@@ -8,6 +8,7 @@ mod batch;
 mod chat;
 mod completions;
 mod error;
+mod gbnf;
 mod generation;
 mod http;
 mod info;
@@ -20,6 +21,7 @@ mod responses;
 mod sampling;
 mod sse;
 mod structure;
+mod tool_calls;
 mod tools;
 
 use std::net::SocketAddr;

@@ -15,7 +15,7 @@ use super::app::{App, Body, Work, random_id, unix_time};
 use super::error::{ApiError, ApiResult};
 use super::generation::{Delta, End, Generation, Order};
 use super::model::Model;
-use super::sampling::Sampling;
+use super::sampling::{Sampling, refuse};
 use super::sse::{self, Chunk, Chunks};
 use super::structure::{Structure, response_format};
 use crate::Prompt;
@@ -33,6 +33,10 @@ pub struct Request {
     previous_response_id: Option<String>,
     tools: Option<Vec<Value>>,
     metadata: Option<Value>,
+    background: Option<Value>,
+    include: Option<Vec<String>>,
+    top_logprobs: Option<usize>,
+    truncation: Option<String>,
     #[serde(flatten)]
     sampling: Sampling,
     #[serde(flatten)]
@@ -49,6 +53,17 @@ pub async fn create(State(app): State<Arc<App>>, Body(request, room): Body<Reque
     }
     if request.tools.as_ref().is_some_and(|tools| !tools.is_empty()) {
         return Err(ApiError::invalid("tools", "tools are supported by /v1/chat/completions alone"));
+    }
+    refuse("background", request.background.as_ref())?;
+    let truncation = request.truncation.filter(|truncation| truncation != "disabled").map(Value::from);
+    refuse("truncation", truncation.as_ref())?;
+    refuse("top_logprobs", request.top_logprobs.filter(|top| *top > 0).map(Value::from).as_ref())?;
+    // What else may be included are results of tools, of which there are none.
+    if request.include.iter().flatten().any(|part| part == "message.output_text.logprobs") {
+        return Err(ApiError::invalid("include", "message.output_text.logprobs is not supported; leave it out"));
+    }
+    if request.sampling.n()? > 1 {
+        return Err(ApiError::invalid("n", "a response is one answer; ask again for another"));
     }
     let messages = messages(&request.input, request.instructions.as_deref())?;
     let context = model.service.limits().context;

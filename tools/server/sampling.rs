@@ -41,6 +41,42 @@ pub struct Sampling {
     best_of: Option<usize>,
     use_beam_search: Option<bool>,
     prompt_logprobs: Option<i64>,
+    #[serde(flatten)]
+    unsupported: Unsupported,
+}
+
+/// What vLLM knows and this server does not: asked for, it is refused, because an answer without it would be wrong.
+#[derive(Debug, Default, Deserialize)]
+struct Unsupported {
+    bad_words: Option<Value>,
+    allowed_token_ids: Option<Value>,
+    truncate_prompt_tokens: Option<Value>,
+    logits_processors: Option<Value>,
+    return_token_ids: Option<Value>,
+    return_tokens_as_token_ids: Option<Value>,
+    prompt_embeds: Option<Value>,
+}
+
+impl Unsupported {
+    fn check(&self) -> ApiResult<()> {
+        refuse("bad_words", self.bad_words.as_ref())?;
+        refuse("allowed_token_ids", self.allowed_token_ids.as_ref())?;
+        refuse("truncate_prompt_tokens", self.truncate_prompt_tokens.as_ref())?;
+        refuse("logits_processors", self.logits_processors.as_ref())?;
+        refuse("return_token_ids", self.return_token_ids.as_ref())?;
+        refuse("return_tokens_as_token_ids", self.return_tokens_as_token_ids.as_ref())?;
+        refuse("prompt_embeds", self.prompt_embeds.as_ref())
+    }
+}
+
+/// Refuses a field that asks for what there is not; null, false and an empty list ask for nothing.
+pub fn refuse(name: &str, value: Option<&Value>) -> ApiResult<()> {
+    let asks = match value {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::Array(items)) => !items.is_empty(),
+        Some(_) => true,
+    };
+    if asks { Err(ApiError::invalid(name, format!("{name} is not supported; leave it out"))) } else { Ok(()) }
 }
 
 #[derive(Debug, Deserialize)]
@@ -69,6 +105,7 @@ impl Sampling {
         max_tokens: usize,
         logprobs: Option<usize>,
     ) -> ApiResult<SamplingParams> {
+        self.unsupported.check()?;
         if self.use_beam_search == Some(true) {
             return Err(ApiError::invalid(
                 "use_beam_search",

@@ -44,11 +44,10 @@ impl From<Value> for Chunk {
 
 impl Chunk {
     fn event(self) -> Event {
-        let event = Event::default().data(self.data.to_string());
-        match self.name {
-            Some(name) => event.event(name),
-            None => event,
-        }
+        let event = Event::default();
+        // Simple readers want the name first.
+        let event = if let Some(name) = self.name { event.event(name) } else { event };
+        event.data(self.data.to_string())
     }
 }
 

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::{ApiError, ApiResult};
+use super::gbnf;
 use super::model::Model;
 
 /// Bytes of a form, whatever its kind, and texts of a choice, at most: compiling takes time and memory with them.
@@ -28,6 +29,7 @@ pub struct Structure {
     guided_regex: Option<String>,
     guided_choice: Option<Vec<String>>,
     guided_grammar: Option<String>,
+    guided_whitespace_pattern: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -38,6 +40,7 @@ struct Fields {
     choice: Option<Vec<String>>,
     grammar: Option<String>,
     structural_tag: Option<Value>,
+    whitespace_pattern: Option<String>,
 }
 
 /// The form of an answer.
@@ -51,6 +54,13 @@ pub enum Grammar {
     Choice(Vec<String>),
     /// A grammar in Lark's notation.
     Lark(String),
+    /// Calls of functions, in JSON of one of some schemas, from one on.
+    Calls {
+        /// The schema of each function's call.
+        calls: Vec<Value>,
+        /// Calls of an answer, at most.
+        most: usize,
+    },
 }
 
 impl Structure {
@@ -78,14 +88,22 @@ impl Structure {
         }
         found.extend([&fields.regex, &self.guided_regex].into_iter().flatten().cloned().map(Grammar::Regex));
         found.extend([&fields.choice, &self.guided_choice].into_iter().flatten().cloned().map(Grammar::Choice));
-        found.extend([&fields.grammar, &self.guided_grammar].into_iter().flatten().cloned().map(Grammar::Lark));
+        for grammar in [&fields.grammar, &self.guided_grammar].into_iter().flatten() {
+            let wrong = |why| ApiError::invalid("structured_outputs", format!("the grammar cannot be used: {why}"));
+            let lark = if gbnf::is_one(grammar) { gbnf::to_lark(grammar).map_err(wrong)? } else { grammar.clone() };
+            found.push(Grammar::Lark(lark));
+        }
         if found.len() > 1 {
             let why = "several forms of the answer are asked for; give one";
             return Err(ApiError::invalid("structured_outputs", why));
         }
-        let found = found.pop();
-        found.iter().try_for_each(Grammar::check_size)?;
-        Ok(found)
+        let mut grammar = found.pop();
+        grammar.iter().try_for_each(Grammar::check_size)?;
+        let spaces = fields.whitespace_pattern.as_ref().or(self.guided_whitespace_pattern.as_ref());
+        if let (Some(Grammar::Schema(Value::Object(schema))), Some(spaces)) = (&mut grammar, spaces) {
+            schema.insert("x-guidance".into(), json!({"whitespace_pattern": spaces, "coerce_one_of": true}));
+        }
+        Ok(grammar)
     }
 }
 
@@ -99,6 +117,9 @@ pub fn response_format(format: &Value) -> ApiResult<Option<Grammar>> {
             Value::Null => Err(ApiError::invalid("response_format", "json_schema has no schema; give one")),
             schema => Ok(Some(Grammar::Schema(schema.clone()))),
         },
+        Some("structural_tag") => {
+            Err(ApiError::invalid("response_format", "structural_tag is not supported; use json_schema"))
+        }
         _ => Err(ApiError::invalid("response_format", "the type must be text, json_object or json_schema")),
     }
 }
@@ -124,29 +145,39 @@ impl Grammar {
 
     fn compile(&self) -> Result<TopLevelGrammar> {
         match self {
-            Grammar::Schema(schema) => {
-                let mut schema = schema.clone();
-                if let Some(schema) = schema.as_object_mut() {
-                    schema.entry("x-guidance").or_insert_with(|| {
-                        json!({
-                            // A small model would go on with spaces for ever.
-                            "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": ",
-                            "coerce_one_of": true
-                        })
-                    });
-                }
-                Ok(TopLevelGrammar::from_json_schema(schema))
-            }
+            Grammar::Schema(schema) => Ok(TopLevelGrammar::from_json_schema(plain(schema))),
             Grammar::Regex(regex) => Ok(TopLevelGrammar::from_regex(regex)),
             Grammar::Choice(choices) if choices.is_empty() => Err(refused("choice has no texts; give at least one")),
             Grammar::Choice(choices) => {
+                // One token, not one for each: a parser has no room for thousands of these side by side.
                 let literals: Vec<String> =
                     choices.iter().map(|choice| Value::from(choice.as_str()).to_string()).collect();
-                Ok(TopLevelGrammar::from_lark(format!("start: {}", literals.join(" | "))))
+                Ok(TopLevelGrammar::from_lark(format!("start: CHOICE\nCHOICE: {}", literals.join(" | "))))
             }
             Grammar::Lark(grammar) => Ok(TopLevelGrammar::from_lark(grammar.clone())),
+            Grammar::Calls { calls, most } => {
+                let calls: Vec<String> = calls.iter().map(|call| format!("%json {}", plain(call))).collect();
+                let more = match most {
+                    0 | 1 => String::new(),
+                    most => format!(" (\"; \" call){{0,{}}}", most - 1),
+                };
+                Ok(TopLevelGrammar::from_lark(format!("start: call{more}\ncall: {}", calls.join(" | "))))
+            }
         }
     }
+}
+
+/// A schema whose JSON is written in one way, unless it says how itself: a small model would go on with spaces for ever.
+fn plain(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Some(schema) = schema.as_object_mut() {
+        schema.entry("x-guidance").or_insert_with(|| {
+            json!({
+                "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": true
+            })
+        });
+    }
+    schema
 }
 
 fn refused(why: impl std::fmt::Display) -> Error {
@@ -224,5 +255,76 @@ impl Guide for Follower {
     fn advance(&mut self, token: u32) -> Result<ControlFlow<()>> {
         self.matcher.consume_token(token).map_err(refused)?;
         Ok(if self.matcher.is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of a text that a request's grammar lets pass, and whether the answer may end behind them.
+    fn passes(request: Value, text: &str) -> (usize, bool) {
+        let structure: Structure = serde_json::from_value(request).unwrap();
+        follow(&structure.grammar().unwrap().unwrap(), text)
+    }
+
+    fn follow(grammar: &Grammar, text: &str) -> (usize, bool) {
+        let factory = ParserFactory::new_simple(&ApproximateTokEnv::single_byte_env()).unwrap();
+        let mut matcher = Matcher::new(factory.create_parser(grammar.compile().unwrap()));
+        for (count, byte) in text.bytes().enumerate() {
+            if !matcher.compute_mask().unwrap().is_allowed(u32::from(byte)) {
+                return (count, matcher.is_accepting().unwrap());
+            }
+            matcher.consume_token(u32::from(byte)).unwrap();
+            if matcher.is_stopped() {
+                return (count + 1, true);
+            }
+        }
+        (text.len(), matcher.is_accepting().unwrap())
+    }
+
+    #[test]
+    fn grammars_of_llama_cpp_and_larks_are_followed() {
+        let sums = "root ::= sum\nsum ::= term (\" \"* [+*] \" \"* term)*\nterm ::= [0-9]+ | \"(\" sum \")\"";
+        for grammar in [sums, "start: sum\nsum: term (/ *[+*] */ term)*\nterm: /[0-9]+/ | \"(\" sum \")\""] {
+            assert_eq!(passes(json!({"guided_grammar": grammar}), "(1 + 23) *(4)"), (13, true), "{grammar}");
+            assert_eq!(passes(json!({"structured_outputs": {"grammar": grammar}}), "(1 + )"), (5, false), "{grammar}");
+        }
+        let structure: Structure = serde_json::from_value(json!({"guided_grammar": "root ::= nothing"})).unwrap();
+        assert!(structure.grammar().is_err());
+    }
+
+    #[test]
+    fn thousands_of_choices_are_one_token() {
+        let choices: Vec<String> = (0..6000).map(|i| format!("the choice {i}")).collect();
+        let request = json!({"guided_choice": choices});
+        assert_eq!(passes(request.clone(), "the choice 5999"), (15, true));
+        assert_eq!(passes(request, "the choice 6000"), (14, true));
+    }
+
+    #[test]
+    fn spaces_are_those_that_are_asked_for() {
+        let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
+        let wide = "{ \"a\": 1 }";
+        assert_eq!(passes(json!({"guided_json": schema}), wide).0, 1);
+        for request in [
+            json!({"guided_json": schema, "guided_whitespace_pattern": " ?"}),
+            json!({"structured_outputs": {"json": schema, "whitespace_pattern": " ?"}}),
+        ] {
+            assert_eq!(passes(request, wide), (wide.len(), true));
+        }
+    }
+
+    #[test]
+    fn several_calls_are_written_where_they_may_be_and_references_are_from_their_roots() {
+        let call = |name: &str| {
+            json!({"type": "object", "properties": {"name": {"const": name}, "parameters": {"$ref": "#/$defs/P"}},
+                "required": ["name", "parameters"], "additionalProperties": false,
+                "$defs": {"P": {"type": "object", "properties": {}, "additionalProperties": false}}})
+        };
+        let two = r#"{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}"#;
+        let follow = |most| follow(&Grammar::Calls { calls: vec![call("f"), call("g")], most }, two);
+        assert_eq!(follow(128), (two.len(), true));
+        assert_eq!(follow(1), (two.find(';').unwrap(), true));
     }
 }
