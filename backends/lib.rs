@@ -125,8 +125,21 @@ pub fn open(spec: &Spec) -> Result<Box<dyn Backend>> {
         }
     };
     let DeviceInfo { backend: name, name: device, driver, .. } = backend.describe();
-    log::info!("backend {name}: {device} ({driver}), asked for {}", spec.kind);
+    let passed = if spec.kind == Kind::Auto { passed_over().join("; ") } else { String::new() };
+    let passed = if passed.is_empty() { passed } else { format!("; passed over: {passed}") };
+    log::info!("backend {name}: {device} ({driver}), asked for {}{passed}", spec.kind);
     Ok(backend)
+}
+
+/// What `auto` did not take, and why.
+fn passed_over() -> Vec<String> {
+    let devices = devices();
+    let missing = unavailable().into_iter().map(|Unavailable { backend, why }| format!("{backend}: {why}"));
+    let others = devices[1..].iter().filter(|device| device.kind != Kind::Reference).map(|device| {
+        let why = if device.is_software { "a software adapter" } else { "the first is taken" };
+        format!("{} {}: {why}", device.kind, device.info.name)
+    });
+    missing.chain(others).collect()
 }
 
 /// A turn on a device that serves one thread at a time; None where any number may open it at once. All OpenGL devices of
@@ -269,20 +282,22 @@ pub struct Device {
     pub info: DeviceInfo,
     /// The variants of its kernels, the one that is taken first; empty where there is no choice.
     pub variants: Vec<&'static str>,
+    /// True for a processor that poses as a GPU.
+    pub is_software: bool,
 }
 
 /// Every device that [`open`] can open, the one that `auto` takes first: NVIDIA cards, other GPUs, the cpu, software
 /// adapters. The emulator is for tests, and none of them.
 pub fn devices() -> Vec<Device> {
-    let (gpus, software): (Vec<_>, Vec<_>) = wgpu_devices().into_iter().partition(|(_, is_gpu)| *is_gpu);
-    let mut devices: Vec<_> = cuda_devices().into_iter().map(|device| (device, true)).chain(gpus).collect();
+    let (software, gpus): (Vec<_>, Vec<_>) = wgpu_devices().into_iter().partition(|device| device.is_software);
+    let mut devices: Vec<_> = cuda_devices().into_iter().chain(gpus).collect();
     let info = cpu::describe(cpu::default_threads(), Isa::all()[0]);
     let names = Isa::all().iter().map(|isa| isa.name()).collect();
-    devices.push((Device { kind: Kind::Cpu, index: 0, info, variants: names }, false));
+    devices.push(Device { kind: Kind::Cpu, index: 0, info, variants: names, is_software: false });
     devices.extend(software);
     let info = Reference::open().describe();
-    devices.push((Device { kind: Kind::Reference, index: 0, info, variants: Vec::new() }, false));
-    devices.into_iter().map(|(device, _)| device).collect()
+    devices.push(Device { kind: Kind::Reference, index: 0, info, variants: Vec::new(), is_software: false });
+    devices
 }
 
 /// The cards that the cuda backend runs on.
@@ -290,7 +305,7 @@ pub fn devices() -> Vec<Device> {
 fn cuda_devices() -> Vec<Device> {
     let device = |(index, (_, properties)): (usize, &(usize, cuda::Properties))| {
         let variants = cuda::card::variants(properties).into_iter().map(cuda::Variant::name).collect();
-        Device { kind: Kind::Cuda, index, info: cuda::card::describe(properties), variants }
+        Device { kind: Kind::Cuda, index, info: cuda::card::describe(properties), variants, is_software: false }
     };
     cuda::card::all().unwrap_or_default().iter().enumerate().map(device).collect()
 }
@@ -300,18 +315,18 @@ fn cuda_devices() -> Vec<Device> {
     Vec::new()
 }
 
-/// The adapters, and whether each is a GPU.
+/// The adapters.
 #[cfg(feature = "wgpu")]
-fn wgpu_devices() -> Vec<(Device, bool)> {
+fn wgpu_devices() -> Vec<Device> {
     let device = |(index, adapter): (usize, &::wgpu::Adapter)| {
         let (info, variants) = (wgpu::adapter::describe(adapter), wgpu::variants(adapter));
-        (Device { kind: Kind::Wgpu, index, info, variants }, wgpu::adapter::is_hardware(adapter))
+        Device { kind: Kind::Wgpu, index, info, variants, is_software: !wgpu::adapter::is_hardware(adapter) }
     };
     wgpu::adapter::all().iter().enumerate().map(device).collect()
 }
 
 #[cfg(not(feature = "wgpu"))]
-fn wgpu_devices() -> Vec<(Device, bool)> {
+fn wgpu_devices() -> Vec<Device> {
     Vec::new()
 }
 
@@ -326,12 +341,12 @@ pub fn variants() -> Vec<Spec> {
     specs
 }
 
-/// A backend that offers no device here.
+/// A backend that offers no device here, or not all of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unavailable {
     /// Its name.
     pub backend: &'static str,
-    /// Why, and what to do.
+    /// Why, and what to do; with the name of the adapter that is not listed, where it is one.
     pub why: String,
 }
 
@@ -342,7 +357,7 @@ const NOT_BUILT: &str = "not in this build";
 const NO_ADAPTER: &str = "there is no adapter; install a GPU driver with Vulkan, or the software one (Debian, Ubuntu: \
                           mesa-vulkan-drivers libvulkan1)";
 
-/// The backends that [`devices`] lists nothing of, and why.
+/// The backends that [`devices`] lists nothing of, and the adapters that it leaves out, and why.
 pub fn unavailable() -> Vec<Unavailable> {
     let mut missing = Vec::new();
     #[cfg(feature = "cuda")]
@@ -353,6 +368,8 @@ pub fn unavailable() -> Vec<Unavailable> {
     if wgpu::adapter::all().is_empty() {
         missing.push(Unavailable { backend: "wgpu", why: NO_ADAPTER.into() });
     }
+    #[cfg(feature = "wgpu")]
+    missing.extend(wgpu::adapter::passed_over().iter().map(|why| Unavailable { backend: "wgpu", why: why.clone() }));
     #[cfg(not(feature = "wgpu"))]
     missing.push(Unavailable { backend: "wgpu", why: NOT_BUILT.into() });
     missing

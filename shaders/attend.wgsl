@@ -14,7 +14,8 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   let span = tile.span;
   let end = tile.end;
   let row = span.x + index;
-  let head = workgroup.y * GROUP + lid % GROUP;
+  let kv_head = p.from + workgroup.y;
+  let head = kv_head * GROUP + lid % GROUP;
   let own = span.w + index;
   let blocks = (DIM + 15u) / 16u;
   var queries: array<mat4x4<f32>, 16>;
@@ -39,10 +40,10 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
       let at = min(place, vec4<u32>(end - 1u));
       let pages = span.z * p.pages;
       slots[t] = vec4<u32>(
-        kv_row(page_table[pages + at.x / PAGE], workgroup.y, at.x),
-        kv_row(page_table[pages + at.y / PAGE], workgroup.y, at.y),
-        kv_row(page_table[pages + at.z / PAGE], workgroup.y, at.z),
-        kv_row(page_table[pages + at.w / PAGE], workgroup.y, at.w),
+        kv_row(page_table[pages + at.x / PAGE], kv_head, at.x),
+        kv_row(page_table[pages + at.y / PAGE], kv_head, at.y),
+        kv_row(page_table[pages + at.z / PAGE], kv_head, at.z),
+        kv_row(page_table[pages + at.w / PAGE], kv_head, at.w),
       );
       var score = vec4<f32>(0.0);
       for (var b = 0u; b < blocks; b++) {

@@ -35,7 +35,8 @@ fn attend_tiled(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
   let blocks = (DIM + 15u) / 16u;
   let units = count * 4u * blocks;
   let row = tile.span.x + tile.index;
-  let head = workgroup.y * GROUP;
+  let kv_head = p.from + workgroup.y;
+  let head = kv_head * GROUP;
   let behind = tile.span.y - tile.index;  // rows that there are
   for (var u = lid; u < units; u += WG) {
     let i = u / (4u * blocks);
@@ -53,7 +54,7 @@ fn attend_tiled(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
     workgroupBarrier();
     if (lid < CHUNK) {
       let at = min(first + lid, tile.end - 1u);
-      slots[lid] = kv_row(page_table[tile.span.z * p.pages + at / PAGE], workgroup.y, at);
+      slots[lid] = kv_row(page_table[tile.span.z * p.pages + at / PAGE], kv_head, at);
     }
     workgroupBarrier();
     for (var s = lid; s < count * CHUNK; s += WG) {

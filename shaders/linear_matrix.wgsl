@@ -1,7 +1,8 @@
 // linear_matrix: linear of codes for GPUs with matrices of 16 x 16 f16, which hold E4M3 exactly, and sums in f32.
 // Reference: reference::linear
 // A workgroup decodes 64 rows and 64 channels into its memory, two blocks at a time; each of its four subgroups
-// multiplies 32 of the one with 32 of the other. WG is four times the subgroup size. grid (n / 64, m / 64).
+// multiplies 32 of the one with 32 of the other. A device may sum with less than f32 holds: its sums are added to others
+// every 128 products. WG is four times the subgroup size. grid (n / 64, m / 64).
 
 override WG: u32;
 
@@ -37,13 +38,17 @@ fn linear_matrix(
 ) {
   let m = live[AXIS];
   let row = (p.base + workgroup.y) * 64u;
-  let tile = workgroup.x * 64u;
+  let tile = (p.from + workgroup.x) * 64u;
   if (row >= m) {
     return;
   }
   let blocks = (K + 15u) / 16u;
   let r = subgroup / 2u * 32u;
   let c = subgroup % 2u * 32u;
+  var t00 = Sums();
+  var t01 = Sums();
+  var t10 = Sums();
+  var t11 = Sums();
   var s00 = Sums();
   var s01 = Sums();
   var s10 = Sums();
@@ -75,11 +80,21 @@ fn linear_matrix(
       s10 = coopMultiplyAdd(x1, w0, s10);
       s11 = coopMultiplyAdd(x1, w1, s11);
     }
+    if (first % 8u == 6u || first + 2u >= blocks) {
+      t00 = t00 + s00;
+      t01 = t01 + s01;
+      t10 = t10 + s10;
+      t11 = t11 + s11;
+      s00 = Sums();
+      s01 = Sums();
+      s10 = Sums();
+      s11 = Sums();
+    }
   }
-  coopStoreT(s00, &products[r * 64u + c], 64u);
-  coopStoreT(s01, &products[r * 64u + c + 16u], 64u);
-  coopStoreT(s10, &products[(r + 16u) * 64u + c], 64u);
-  coopStoreT(s11, &products[(r + 16u) * 64u + c + 16u], 64u);
+  coopStoreT(t00, &products[r * 64u + c], 64u);
+  coopStoreT(t01, &products[r * 64u + c + 16u], 64u);
+  coopStoreT(t10, &products[(r + 16u) * 64u + c], 64u);
+  coopStoreT(t11, &products[(r + 16u) * 64u + c + 16u], 64u);
   workgroupBarrier();
   for (var i = lid; i < 2048u; i += WG) {
     let at = row + i / 32u;

@@ -88,13 +88,16 @@ fn write(path: &Path, data: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use ::wgpu::Adapter;
+
     use super::*;
     use crate::wgpu::adapter;
 
     #[test]
     fn what_is_kept_is_read_again_and_nonsense_replaced() {
         let folder = env::temp_dir().join(format!("quaver-pipelines-{}", std::process::id()));
-        for adapter in adapter::all().iter().filter(|adapter| adapter.features().contains(Features::PIPELINE_CACHE)) {
+        let keeps = |adapter: &&Adapter| adapter.features().contains(Features::PIPELINE_CACHE);
+        for adapter in adapter::tests::some().iter().filter(keeps) {
             let gpu = Gpu::open(adapter, Features::PIPELINE_CACHE).unwrap();
             let path = folder.join(name(&adapter.get_info()).unwrap());
             write(&path, b"nonsense").unwrap();

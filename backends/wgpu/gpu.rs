@@ -1,12 +1,14 @@
 //! A device and its queue. Whatever goes wrong on it (validation, memory, loss of the device) becomes an ordinary error
-//! that names adapter and driver.
+//! that names adapter and driver. A device that is lost stays so: every later call fails with the same reason.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use ::wgpu::{
     Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceDescriptor, Features, MapMode, MemoryHints,
-    PollType, Queue, SubmissionIndex, Trace,
+    PollError, PollType, Queue, SubmissionIndex, Trace,
 };
 use quaver_core::op::DeviceInfo;
 use quaver_core::{Error, Result};
@@ -21,6 +23,8 @@ pub struct Gpu {
     pub queue: Queue,
     /// What went wrong first, since it was last asked for.
     fault: Arc<Mutex<Option<String>>>,
+    /// Why the device is lost, once it is.
+    lost: Arc<OnceLock<String>>,
     /// Where results are read from, and nothing is under way.
     readbacks: Vec<Buffer>,
 }
@@ -46,13 +50,11 @@ impl Gpu {
         };
         let opened = pollster::block_on(adapter.request_device(&descriptor));
         let (device, queue) = opened.map_err(|e| Error::device(name(&info), format!("cannot be opened: {e}")))?;
-        let fault = Arc::new(Mutex::new(None));
-        let [on_error, on_loss] = [fault.clone(), fault.clone()];
+        let (fault, lost) = (Arc::new(Mutex::new(None)), Arc::new(OnceLock::new()));
+        let (on_error, on_loss) = (fault.clone(), lost.clone());
         device.on_uncaptured_error(Arc::new(move |error: ::wgpu::Error| note(&on_error, explain(&error))));
-        device.set_device_lost_callback(move |reason, message| {
-            note(&on_loss, format!("the device was lost ({reason:?}: {message}); start again, or take --backend cpu"));
-        });
-        Ok(Gpu { info, device, queue, fault, readbacks: Vec::new() })
+        device.set_device_lost_callback(move |reason, message| lose(&on_loss, &format!("{reason:?}: {message}")));
+        Ok(Gpu { info, device, queue, fault, lost, readbacks: Vec::new() })
     }
 
     /// An error that names adapter and driver.
@@ -60,8 +62,11 @@ impl Gpu {
         Error::device(name(&self.info), why)
     }
 
-    /// Fails with what went wrong since the last call.
+    /// Fails with what went wrong since the last call, and for ever once the device is lost.
     pub fn check(&self) -> Result<()> {
+        if let Some(why) = self.lost.get() {
+            return Err(self.error(why.clone()));
+        }
         match self.fault.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(why) => Err(self.error(why)),
             None => Ok(()),
@@ -73,18 +78,52 @@ impl Gpu {
         let size = size.next_multiple_of(4).max(16);
         let descriptor = BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
         let buffer = self.device.create_buffer(&descriptor);
-        self.check()?;
+        self.is_there()?;
         Ok(buffer)
+    }
+
+    /// [`Gpu::check`] behind a look at the device: wgpu takes what is submitted to a device that was lost in silence.
+    pub fn is_there(&self) -> Result<()> {
+        self.poll(PollType::Poll).map_err(|e| self.error(e.to_string()))?;
+        self.check()
     }
 
     /// Waits until all that was submitted is done.
     pub fn wait(&self) -> Result<()> {
-        self.device.poll(PollType::wait_indefinitely()).map_err(|e| self.error(e.to_string()))?;
-        self.check()
+        self.wait_for(None)
+    }
+
+    /// Waits for a submission, or for all of them. A second at a time, since OpenGL cuts longer waits short.
+    fn wait_for(&self, submission: Option<SubmissionIndex>) -> Result<()> {
+        let begin = Instant::now();
+        while begin.elapsed() < LONGEST_WAIT {
+            let timeout = Some(Duration::from_secs(1));
+            match self.poll(PollType::Wait { submission_index: submission.clone(), timeout }) {
+                Err(PollError::Timeout) => self.check()?,
+                Err(e) => {
+                    self.check()?;
+                    return Err(self.error(e.to_string()));
+                }
+                Ok(()) => return self.check(),
+            }
+        }
+        let minutes = LONGEST_WAIT.as_secs() / 60;
+        Err(self.error(format!("not done after {minutes} minutes: it hangs; start again, or take --backend cpu")))
+    }
+
+    /// Looks at the device, which wgpu panics at where it finds it lost: that becomes what every call fails with.
+    fn poll(&self, how: PollType) -> std::result::Result<(), PollError> {
+        // What wgpu leaves behind when it panics is not used any more: every call fails from then on.
+        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(how)));
+        polled.map(|polled| polled.map(|_| ())).unwrap_or_else(|panic| {
+            lose(&self.lost, panic.downcast_ref::<String>().map_or("it cannot be waited for", String::as_str));
+            Ok(())
+        })
     }
 
     /// Queues a copy of ranges of buffers, one behind the other, to the host; offsets and lengths are multiples of 4.
     pub fn fetch(&mut self, pieces: &[(&Buffer, Range<u64>)]) -> Result<Readback> {
+        self.is_there()?;
         let bytes = pieces.iter().map(|(_, range)| range.end - range.start).sum();
         let found = self.readbacks.iter().position(|buffer| buffer.size() >= bytes);
         let buffer = match found {
@@ -113,9 +152,7 @@ impl Gpu {
     /// Waits for a copy, and gives its bytes to `take`.
     pub fn take(&mut self, readback: Readback, take: impl FnOnce(&[u8])) -> Result<()> {
         let Readback { buffer, bytes, submission } = readback;
-        let wait = PollType::Wait { submission_index: Some(submission), timeout: None };
-        self.device.poll(wait).map_err(|e| self.error(e.to_string()))?;
-        self.check()?;
+        self.wait_for(Some(submission))?;
         if bytes > 0 {
             let view = buffer.get_mapped_range(0..bytes).map_err(|e| self.error(e.to_string()))?;
             take(&view);
@@ -133,12 +170,20 @@ impl Gpu {
     }
 }
 
+/// How long a submission may take: longer than any step of a software adapter, which has some 10 G operations a second.
+/// Drivers of hardware give up a GPU that hangs after seconds, and then it is lost.
+const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60);
+
 fn name(info: &DeviceInfo) -> String {
     format!("{} ({}, {})", info.backend, info.name, info.driver)
 }
 
 fn note(fault: &Mutex<Option<String>>, why: String) {
     fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+}
+
+fn lose(lost: &OnceLock<String>, why: &str) {
+    lost.get_or_init(|| one_line(&format!("the device was lost ({why}); start again, or take --backend cpu")));
 }
 
 fn explain(error: &::wgpu::Error) -> String {

@@ -16,6 +16,8 @@ pub struct Kernel {
     pub bindings: Vec<(u32, Binding)>,
     /// Workgroups.
     pub grid: [u32; 3],
+    /// Operations, where they may be many.
+    pub ops: f64,
 }
 
 /// A storage buffer of a kernel.
@@ -54,7 +56,7 @@ pub const fn code(dtype: DType) -> u32 {
 impl Kernel {
     /// A kernel without constants, parameters and bindings.
     pub fn new(shader: &'static str, grid: [u32; 3]) -> Self {
-        Kernel { shader, constants: Vec::new(), params: Vec::new(), bindings: Vec::new(), grid }
+        Kernel { shader, constants: Vec::new(), params: Vec::new(), bindings: Vec::new(), grid, ops: 0.0 }
     }
 
     /// Sets an override constant.
@@ -66,6 +68,13 @@ impl Kernel {
     /// Sets several.
     pub fn constants(mut self, constants: &[(&'static str, u32)]) -> Self {
         self.constants.extend(constants.iter().map(|&(name, value)| (name, f64::from(value))));
+        self
+    }
+
+    /// Gives it its share of so many operations, which `x` by `y` workgroups have in all.
+    pub fn share(mut self, ops: f64, x: u32, y: u32) -> Self {
+        let groups = self.grid.iter().map(|groups| f64::from(*groups)).product::<f64>();
+        self.ops = ops * groups / (f64::from(x) * f64::from(y)).max(1.0);
         self
     }
 

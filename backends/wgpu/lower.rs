@@ -6,7 +6,7 @@ use quaver_core::{Error, Result};
 use super::adapter;
 use super::kernel::{Binding, Kernel, code};
 use super::layout::{Layout, Layouts};
-use super::tuning::{Tuning, dispatches};
+use super::tuning::Tuning;
 
 /// The kernels of a program that `Program::check` has seen.
 pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
@@ -48,6 +48,24 @@ fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> Resu
 /// Workgroups along one dimension, WebGPU's `maxComputeWorkgroupsPerDimension`.
 const MOST_GROUPS: u32 = 65535;
 
+/// A kernel of a workgroup of `side` squared threads a row, which reduces over them (`reduce.wgsl`).
+fn reducing(shader: &'static str, rows: u32, side: u32) -> Kernel {
+    Kernel::new(shader, [rows, 1, 1]).constant("WG", side * side).constant("SIDE", side)
+}
+
+/// What makes a buffer of an op smaller.
+fn flag(op: &Op, buf: Buf) -> &'static str {
+    match *op {
+        Op::Sample { history, .. } if history == buf => "--max-num-seqs",
+        Op::RopeAppend { kv, .. } | Op::Attend { kv, .. } | Op::CopyPages { kv, .. } if [kv.k, kv.v].contains(&buf) => {
+            "--kv-cache-memory"
+        }
+        Op::RopeAppend { rope, rows, .. } if [rope, rows.page_table].contains(&buf) => "--max-model-len",
+        Op::Attend { rows, .. } if rows.page_table == buf => "--max-model-len or --max-num-seqs",
+        _ => "--max-num-batched-tokens",
+    }
+}
+
 struct Lower<'a> {
     program: &'a Program,
     layouts: &'a Layouts,
@@ -65,11 +83,8 @@ impl Lower<'_> {
         let layout = self.layouts.get(buf);
         if layout.parts.len() > 1 && table != Some(buf) {
             let (name, bytes) = (&layout.desc.name, layout.desc.bytes());
-            let most = layout.part_bytes(0);
-            return Err(format!(
-                "{name} takes {bytes} bytes, the device binds about {most}; lower --kv-cache-memory, --max-model-len or \
-                 --max-num-batched-tokens"
-            ));
+            let (most, flag) = (layout.part_bytes(0), flag(op, buf));
+            return Err(format!("{name} takes {bytes} bytes, the device binds about {most}; lower {flag}"));
         }
         Ok(())
     }
@@ -109,8 +124,8 @@ impl Lower<'_> {
                 vec![kernel.write(2, out).read(3, x).read(4, wanted)]
             }
             Op::Sample { logits, params, history, out } => {
-                let kernel = self.reducing("sample", self.rows(out));
-                let kernel = kernel.constant("VOCAB", self.cols(logits));
+                let side = self.tuning.sample(self.cols(logits))?;
+                let kernel = reducing("sample", self.rows(out), side).constant("VOCAB", self.cols(logits));
                 let kernel = kernel.constant("STRIDE", self.layout(logits).row_words()).read(1, self.program.live);
                 vec![kernel.write(2, out).write(3, history).read(4, logits).read(5, params)]
             }
@@ -155,8 +170,7 @@ impl Lower<'_> {
 
     /// A kernel of a workgroup a row that reduces over its threads (`reduce.wgsl`).
     fn reducing(&self, shader: &'static str, rows: u32) -> Kernel {
-        let side = self.tuning.side;
-        Kernel::new(shader, [rows, 1, 1]).constant("WG", side * side).constant("SIDE", side)
+        reducing(shader, rows, self.tuning.side)
     }
 
     /// A kernel of a workgroup a row that writes activations (`act.wgsl`); `x` has as many rows.
@@ -206,14 +220,20 @@ impl Lower<'_> {
             // Where two channels share a word, a tile begins with one.
             let shift = u32::from(self.layouts.desc(out.buf).dtype == DType::Bf16) * (first as u32 % 2);
             let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
-            for (base, count) in dispatches(m.div_ceil(cut.rows), ops) {
-                let kernel = Kernel::new(cut.shader, [(n + shift).div_ceil(cut.channels), count, 1]);
-                let kernel = kernel.constants(&cut.constants).constant("AXIS", self.axis(out.buf)).constant("K", k);
+            let (x, y) = ((n + shift).div_ceil(cut.channels), m.div_ceil(cut.rows));
+            for [(from, across), (base, down)] in self.tuning.runs(x, y, ops) {
+                let kernel = Kernel::new(cut.shader, [across, down, 1]);
+                let kernel = kernel
+                    .share(ops, x, y)
+                    .constants(&cut.constants)
+                    .constant("AXIS", self.axis(out.buf))
+                    .constant("K", k);
                 let kernel = kernel.constant("X", self.code(data)).constant("W", self.code(weight));
                 let kernel = kernel.constant("OUT", self.code(out.buf)).constant("ADD", u32::from(add));
                 let kernel = kernel.constant("PER_TOKEN", u32::from(token_scale.is_some()));
                 let stride = self.layout(out.buf).row_words();
-                let kernel = kernel.params([n, rows.start as u32, first as u32, stride, static_scale.to_bits(), base]);
+                let place = [n, rows.start as u32, first as u32, stride, static_scale.to_bits(), base, from];
+                let kernel = kernel.params(place);
                 let kernel = kernel.read(1, self.program.live).write(2, out.buf).read(3, data);
                 let kernel = kernel.bind(4, Binding::Read(weight, part)).bind(5, scale(w_scale));
                 kernels.push(kernel.bind(6, scale(token_scale)));
@@ -241,23 +261,24 @@ impl Lower<'_> {
         let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
         let tiles = (m + spans * (cut.rows - 1)) / cut.rows;
         let context = self.cols(rows.page_table) * kv.page_tokens as u32;
-        let splits = self.tuning.splits(tiles * kv_heads as u32, context);
+        let splits = self.tuning.splits(&cut, dim as u32, tiles * kv_heads as u32, context);
         let parts = 4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64;
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
         let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
 
         let ops = 4.0 * f64::from(m) * f64::from(context) * (q_heads * dim) as f64;
-        let attend = |(base, count)| {
-            let attend = Kernel::new(cut.shader, [count, kv_heads as u32, splits]).constants(&cut.constants);
+        let attend = |[(from, heads), (base, count)]: [(u32, u32); 2]| {
+            let attend = Kernel::new(cut.shader, [count, heads, splits]).constants(&cut.constants);
+            let attend = attend.share(ops, kv_heads as u32, tiles * splits);
             let attend = attend.constant("DIM", dim as u32).constant("GROUP", group);
             let attend = attend.constant("KV_HEADS", kv_heads as u32).constant("PAGE", kv.page_tokens as u32);
             let attend = attend.constant("IN", self.code(q)).constant("KV", self.code(kv.k));
-            let attend = attend.params([factor.to_bits(), self.cols(rows.page_table), splits, base]);
+            let attend = attend.params([factor.to_bits(), self.cols(rows.page_table), splits, base, from]);
             let attend = attend.read(1, self.program.live).bind(2, Binding::WriteScratch(parts)).read(3, q);
             attend.read(4, kv.k).read(5, kv.v).read(6, rows.page_table).read(7, rows.spans)
         };
         let merge = self.rows_kernel("attend_merge", q, out, vec![v_scale.to_bits(), splits]);
         let merge = merge.constant("DIM", dim as u32).bind(4, Binding::ReadScratch(parts));
-        Ok(dispatches(tiles, ops).map(attend).chain([merge]).collect())
+        Ok(self.tuning.runs(kv_heads as u32, tiles, ops).into_iter().map(attend).chain([merge]).collect())
     }
 }

@@ -19,9 +19,10 @@ const STAGE: usize = 8 << 20;
 const IN_FLIGHT: usize = 64 << 20;
 
 /// See the module.
-#[derive(Default)]
 pub struct Memory {
     pub layouts: Layouts,
+    /// Bytes of a part of a buffer, at most.
+    most_bound: u64,
     buffers: Vec<Resident>,
     /// Bytes staged since the device was last waited for.
     staged: usize,
@@ -36,6 +37,18 @@ struct Resident {
 }
 
 impl Memory {
+    /// No buffers, none to have a part of more than so many bytes, or than the device binds.
+    pub fn new(gpu: &Gpu, most_bound: u64) -> Self {
+        let limits = gpu.device.limits();
+        Memory {
+            layouts: Layouts::default(),
+            most_bound: most_bound.min(limits.max_storage_buffer_binding_size).min(limits.max_buffer_size),
+            buffers: Vec::new(),
+            staged: 0,
+            threes: HashMap::new(),
+        }
+    }
+
     /// The device's buffer of a part.
     pub fn part(&self, buf: Buf, part: usize) -> &Buffer {
         &self.buffers[buf.0 as usize].parts[part]
@@ -53,9 +66,7 @@ impl Memory {
 
     /// A zeroed buffer.
     pub fn alloc(&mut self, gpu: &Gpu, desc: &BufDesc, is_constant: bool) -> Result<Buf> {
-        let limits = gpu.device.limits();
-        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        let layout = Layout::new(desc, limit);
+        let layout = Layout::new(desc, self.most_bound);
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
         let parts = (0..layout.parts.len()).map(|part| gpu.buffer(&desc.name, layout.part_bytes(part), usage));
         self.buffers.push(Resident { parts: parts.collect::<Result<_>>()?, is_constant });
@@ -113,6 +124,7 @@ impl Memory {
 
     /// Overwrites bytes of a buffer.
     pub fn write(&mut self, gpu: &mut Gpu, dst: Buf, offset: usize, bytes: &[u8]) -> Result<()> {
+        gpu.is_there()?;
         let range = offset..offset + bytes.len();
         let is_known = self.layouts.find(dst).is_some_and(|layout| range.end <= layout.desc.bytes());
         if !is_known || self.is_constant(dst) {

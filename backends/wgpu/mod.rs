@@ -2,7 +2,7 @@
 //! device memory and are decoded in registers.
 //!
 //! `record` lowers ops to kernels (`lower.rs`) and these to pipelines, bind groups and grids; `run` encodes them as one
-//! compute pass and submits it, without waiting.
+//! compute pass, or as several where they have very many operations, and submits it without waiting.
 
 pub mod adapter;
 mod cache;
@@ -12,6 +12,9 @@ mod lower;
 mod memory;
 pub mod peaks;
 mod pipelines;
+mod self_test;
+#[cfg(test)]
+mod tests;
 pub mod tuning;
 
 use std::collections::HashMap;
@@ -23,7 +26,7 @@ use ::wgpu::{
 use bytemuck::cast_slice;
 use quaver_core::bytes::Bytes;
 use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Op, Plan, Program};
-use quaver_core::{Error, Result, e4m3};
+use quaver_core::{Error, Result};
 
 use crate::layout::{self, Layout, Layouts};
 
@@ -44,7 +47,7 @@ pub fn variants(adapter: &Adapter) -> Vec<&'static str> {
 pub fn kernels(program: &Program, buffers: &[BufDesc], tuning: &Tuning) -> Result<Vec<Kernel>> {
     let mut layouts = Layouts::default();
     for desc in buffers {
-        layouts.push(Layout::new(desc, MOST_BOUND));
+        layouts.push(Layout::new(desc, MOST_BOUND.min(tuning.most_bound)));
     }
     program.check(|buf| layouts.find(buf).map(|layout| &layout.desc))?;
     lower::program(program, &layouts, tuning)
@@ -85,10 +88,12 @@ struct Dispatch {
     pipeline: ComputePipeline,
     bindings: BindGroup,
     grid: [u32; 3],
+    ops: f64,
 }
 
 impl Wgpu {
-    /// Opens an adapter with a variant of the kernels by its name, the best where None.
+    /// Opens an adapter with a variant of the kernels by its name, the best where None: that is not `matrix` where its
+    /// products are not exact, which the log says.
     pub fn open(adapter: &Adapter, variant: Option<&str>) -> Result<Self> {
         let mut offered = tuning::variants(adapter).into_iter();
         let Some(chosen) = offered.find(|offered| variant.is_none_or(|name| name == offered.name)) else {
@@ -96,15 +101,33 @@ impl Wgpu {
             let why = format!("there is no variant {name}; this adapter runs {names}");
             return Err(Error::device(adapter::NAME, why));
         };
+        let opened = Self::with(adapter, chosen.features, chosen.tuning.clone());
+        if chosen.tuning.matrix_lanes.is_none() {
+            return opened;
+        }
+        let why = match opened.and_then(|mut wgpu| Ok((wgpu.multiplies()?, wgpu))) {
+            Ok((true, wgpu)) => return Ok(wgpu),
+            Ok((false, _)) => "its products of matrices are not exact".to_owned(),
+            Err(e) => e.to_string(),
+        };
+        if variant.is_some() {
+            return Err(Error::device(adapter::NAME, format!("{why}; take --variant subgroup")));
+        }
+        log::warn!("{}: subgroup instead of {}: {why}", adapter.get_info().name, chosen.name);
+        Self::open(adapter, Some("subgroup"))
+    }
+
+    /// Opens an adapter with any choice of kernels.
+    fn with(adapter: &Adapter, features: Features, tuning: Tuning) -> Result<Self> {
         let optional = Features::PIPELINE_CACHE & adapter.features();
-        let gpu = Gpu::open(adapter, chosen.features | optional)?;
+        let gpu = Gpu::open(adapter, features | optional)?;
         let pipelines = Pipelines::new(Cache::open(&gpu, &adapter.get_info()));
         let unused = || gpu.buffer("unused", 16, BufferUsages::STORAGE);
         let unused = [unused()?, unused()?];
         let mut wgpu = Wgpu {
+            memory: Memory::new(&gpu, tuning.most_bound),
             gpu,
-            tuning: chosen.tuning,
-            memory: Memory::default(),
+            tuning,
             pipelines,
             scratch: Vec::new(),
             unused,
@@ -112,8 +135,8 @@ impl Wgpu {
             copies: HashMap::new(),
             fetches: 0,
         };
-        wgpu.tuning.fast_e4m3 = wgpu.decodes_fast()?;
-        if !wgpu.tuning.fast_e4m3 {
+        if wgpu.tuning.fast_e4m3 && !wgpu.decodes_fast()? {
+            wgpu.tuning.fast_e4m3 = false;
             log::warn!(
                 "{}: decoding FP8 by integers, since this driver's f16 is not exact: slower",
                 wgpu.gpu.info.name
@@ -130,36 +153,35 @@ impl Wgpu {
         self
     }
 
-    /// True where decoding by way of f16 gives the value of every finite code, and +-480 for NaN (`e4m3.wgsl`).
-    fn decodes_fast(&mut self) -> Result<bool> {
-        let dispatch = self.dispatch(&e4m3_codes(), None)?;
-        self.submit(&[dispatch])?;
-        let scratch = self.scratch(1024)?;
-        let mut is_exact = true;
-        self.gpu.read(&scratch, 0..1024, |bytes| {
-            let want = |code: usize| match code {
-                0x7f => 480.0,
-                0xff => -480.0,
-                _ => e4m3::VALUES[code],
-            };
-            let got = bytes.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b));
-            is_exact = got.enumerate().all(|(code, bits)| bits == want(code).to_bits());
-        })?;
-        Ok(is_exact)
+    /// Queues kernels, as one compute pass a submission.
+    fn submit(&self, dispatches: &[Dispatch]) -> Result<()> {
+        for dispatches in self.submissions(dispatches) {
+            let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
+            let mut pass = encoder.begin_compute_pass(&ComputePassDescriptor::default());
+            for Dispatch { pipeline, bindings, grid: [x, y, z], .. } in dispatches {
+                pass.set_pipeline(pipeline);
+                pass.set_bind_group(0, bindings, &[]);
+                pass.dispatch_workgroups(*x, *y, *z);
+            }
+            drop(pass);
+            self.gpu.queue.submit([encoder.finish()]);
+        }
+        self.gpu.check()
     }
 
-    /// Queues kernels as one compute pass.
-    fn submit(&self, dispatches: &[Dispatch]) -> Result<()> {
-        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
-        let mut pass = encoder.begin_compute_pass(&ComputePassDescriptor::default());
-        for Dispatch { pipeline, bindings, grid: [x, y, z] } in dispatches {
-            pass.set_pipeline(pipeline);
-            pass.set_bind_group(0, bindings, &[]);
-            pass.dispatch_workgroups(*x, *y, *z);
-        }
-        drop(pass);
-        self.gpu.queue.submit([encoder.finish()]);
-        self.gpu.check()
+    /// Kernels in submissions of two dispatches' operations at most: drivers take a GPU for hung where a single one is not
+    /// done after seconds.
+    fn submissions<'a>(&self, dispatches: &'a [Dispatch]) -> impl Iterator<Item = &'a [Dispatch]> {
+        let most = 2.0 * self.tuning.most_ops;
+        let mut ops = dispatches.first().map_or(0.0, |dispatch| dispatch.ops);
+        dispatches.chunk_by(move |_, next| {
+            ops += next.ops;
+            let fits = ops <= most;
+            if !fits {
+                ops = next.ops;
+            }
+            fits
+        })
     }
 
     /// A scratch buffer of at least so many bytes.
@@ -204,7 +226,7 @@ impl Wgpu {
             entries: &entries,
         });
         self.gpu.check()?;
-        Ok(Dispatch { pipeline: pipeline.pipeline, bindings, grid: kernel.grid })
+        Ok(Dispatch { pipeline: pipeline.pipeline, bindings, grid: kernel.grid, ops: kernel.ops })
     }
 }
 
@@ -261,6 +283,7 @@ impl Backend for Wgpu {
     }
 
     fn run(&mut self, plan: Plan) -> Result<()> {
+        self.gpu.is_there()?;
         let Some(Recorded { dispatches, live, most }) = self.plans.get(plan.0 as usize) else {
             return Err(self.gpu.error(format!("there is no plan {}", plan.0)));
         };

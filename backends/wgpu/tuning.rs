@@ -13,7 +13,7 @@ pub struct Variant {
     pub tuning: Tuning,
 }
 
-/// The variants that an adapter runs, the best first.
+/// The variants that an adapter runs, the best first; the last is for adapters whose f16 is not exact, and for tests.
 pub fn variants(adapter: &Adapter) -> Vec<Variant> {
     let (features, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
     // A processor that poses as a GPU waits at each barrier for threads that it runs itself; but Mesa's compiler for
@@ -45,14 +45,22 @@ pub fn variants(adapter: &Adapter) -> Vec<Variant> {
     if !is_software {
         variants.reverse();
     }
-    for variant in variants.iter_mut().filter(|variant| is_software && variant.tuning.tiled_attend) {
-        variant.tuning.longest_part = LONGEST_TILED_PART;
+    let exact = variants.iter().find(|variant| variant.name == "portable").cloned();
+    variants.extend(exact.map(|portable| Variant {
+        name: "portable-exact",
+        tuning: Tuning { fast_e4m3: false, ..portable.tuning },
+        ..portable
+    }));
+    for variant in &mut variants {
+        variant.tuning.most_rounds = if is_software { MESA_ROUNDS } else { u32::MAX };
+        variant.tuning.most_threads = limits.max_compute_invocations_per_workgroup;
     }
     variants
 }
 
-/// Positions after which a thread of `attend_tiled` has gone round loops 65535 times at most: 150 times a chunk of 16.
-const LONGEST_TILED_PART: u32 = 4096;
+/// Mesa's llvmpipe ends every loop of an invocation silently when all of them together have run 65535 times
+/// (`LP_MAX_TGSI_LOOP_ITERATIONS`). The rest is for what a kernel does before and behind its long loop.
+const MESA_ROUNDS: u32 = 60_000;
 
 /// How kernels are cut.
 #[derive(Clone, Debug)]
@@ -65,11 +73,16 @@ pub struct Tuning {
     pub tiled_attend: bool,
     /// Threads of a subgroup, where codes are multiplied as cooperative matrices of f16.
     pub matrix_lanes: Option<u32>,
-    /// Positions that a thread of `Attend` may go through. Mesa's llvmpipe ends every loop of an invocation silently
-    /// when all of them together have run 65535 times (`LP_MAX_TGSI_LOOP_ITERATIONS`).
-    pub longest_part: u32,
-    /// Decode E4M3 by way of f16 (`e4m3.wgsl`).
+    /// How often the loops of a thread may run, all together.
+    pub most_rounds: u32,
+    /// Threads that a workgroup may have.
+    pub most_threads: u32,
+    /// Decode E4M3 by way of f16 (`e4m3.wgsl`), where the device does so exactly.
     pub fast_e4m3: bool,
+    /// Operations of one dispatch of `Linear` or `Attend`, and half of those of a submission, at most.
+    pub most_ops: f64,
+    /// Bytes of a buffer that are bound at once, at most, where the device binds more.
+    pub most_bound: u64,
     /// Workgroups that keep the device busy.
     pub busy: u32,
     /// Parts that a row's context is split into, at most, to keep it so. 1 makes sums independent of how a prompt was cut
@@ -101,8 +114,11 @@ impl Tuning {
         subgroups: false,
         tiled_attend: false,
         matrix_lanes: None,
-        longest_part: 16384,
+        most_rounds: MESA_ROUNDS,
+        most_threads: 256,
         fast_e4m3: true,
+        most_ops: MOST_OPS,
+        most_bound: u64::MAX,
         busy: 8,
         most_splits: 8,
     };
@@ -113,7 +129,7 @@ impl Tuning {
         let tiled = Tuning { tiled_attend: true, ..Tuning::PORTABLE };
         let mut all = vec![
             ("portable", Tuning::PORTABLE),
-            ("portable, FP8 by integers", exact),
+            ("portable-exact", exact),
             ("portable, tiled attention", tiled),
             ("subgroup", Tuning::SUBGROUP),
         ];
@@ -126,7 +142,7 @@ impl Tuning {
         side: 16,
         subgroups: true,
         tiled_attend: true,
-        longest_part: u32::MAX,
+        most_rounds: u32::MAX,
         busy: 256,
         most_splits: 32,
         ..Tuning::PORTABLE
@@ -170,25 +186,106 @@ impl Tuning {
         Ok(cut("attend", rows, 0, &[("WG", rows * group)]))
     }
 
-    /// Parts that each row's context of at most `context` positions is split into, where there are so many workgroups
-    /// without.
-    pub fn splits(&self, workgroups: u32, context: u32) -> u32 {
+    /// Parts that each row's context of at most `context` positions is split into, where there are so many workgroups of
+    /// a cut of `Attend` without.
+    pub fn splits(&self, cut: &Cut, dim: u32, workgroups: u32, context: u32) -> u32 {
         let most = self.most_splits.min(context.div_ceil(64)).max(1);
-        (self.busy / workgroups.max(1)).clamp(1, most).max(context.div_ceil(self.longest_part))
+        (self.busy / workgroups.max(1)).clamp(1, most).max(context.div_ceil(self.longest_part(cut.shader, dim)))
     }
+
+    /// Positions that a thread of `Attend` goes through, at most: whole chunks of 16. Their rounds are counted as the
+    /// shaders have their loops, unrolled or not, with one more where each ends.
+    fn longest_part(&self, shader: &str, dim: u32) -> u32 {
+        let blocks = dim.div_ceil(16);
+        let rounds = match shader {
+            // Scores of four vectors of positions, block by block; values block by block, four vectors each; sections.
+            "attend" => 11 * blocks + 17,
+            // Scores: at most four queries or vectors, block by block; weights of 16 positions; values of four vectors.
+            _ => 4 * (blocks + 2) + 130,
+        };
+        (self.most_rounds / rounds).max(1).saturating_mul(16)
+    }
+
+    /// Root of the threads that `Sample` has for a vocabulary.
+    pub fn sample(&self, vocab: u32) -> Result<u32, String> {
+        let fits =
+            |side: &u32| side * side <= self.most_threads && sample_rounds(vocab, *side) <= u64::from(self.most_rounds);
+        [self.side, 16].into_iter().find(fits).ok_or_else(|| {
+            format!(
+                "a vocabulary of {vocab} tokens is more than loops of a software adapter end with; take --backend cpu"
+            )
+        })
+    }
+
+    /// The runs (first, count) along x and along y that a grid is dispatched in whose `x` by `y` workgroups have `ops`
+    /// operations in all: of whole lines of x, unless one alone has too many.
+    pub fn runs(&self, x: u32, y: u32, ops: f64) -> Vec<[(u32, u32); 2]> {
+        let line = ops / f64::from(y.max(1));
+        let most = |ops: f64, groups: u32| ((self.most_ops / ops) as u32).clamp(1, groups.max(1));
+        let (x_step, y_step) =
+            if line > self.most_ops { (most(line / f64::from(x.max(1)), x), 1) } else { (x, most(line, y)) };
+        pieces(y, y_step).flat_map(|y| pieces(x, x_step).map(move |x| [x, y])).collect()
+    }
+}
+
+/// How often the loops of a thread of `sample.wgsl` run at most: 27 passes over the vocabulary (20 of them for
+/// alternatives), two cuts that bisect words of 32 bits and then ids, the reductions behind each, and Philox' rounds.
+fn sample_rounds(vocab: u32, side: u32) -> u64 {
+    let passes = u64::from(27 + 2 * (32 + vocab.max(1).ilog2() + 1));
+    let blocks = u64::from(vocab.div_ceil(4).div_ceil(side * side));
+    passes * (blocks + 1 + 4 * (u64::from(side) + 1)) + 11 * blocks
+}
+
+fn pieces(groups: u32, step: u32) -> impl Iterator<Item = (u32, u32)> {
+    (0..groups).step_by(step.max(1) as usize).map(move |first| (first, step.min(groups - first)))
 }
 
 fn cut(shader: &'static str, rows: u32, channels: u32, constants: &[(&'static str, u32)]) -> Cut {
     Cut { shader, rows, channels, constants: constants.to_vec() }
 }
 
-/// Operations of one dispatch, at most: a third of a second at 100 GFLOP/s, well within the two seconds after which a
-/// desktop takes a GPU for hung (Windows: `TdrDelay`).
+/// A third of a second at 100 GFLOP/s, well within the two seconds after which a desktop takes a GPU for hung (Windows:
+/// `TdrDelay`).
 const MOST_OPS: f64 = 32e9;
 
-/// The runs (first, count) that `groups` workgroups of `ops` operations in all are dispatched in.
-pub fn dispatches(groups: u32, ops: f64) -> impl Iterator<Item = (u32, u32)> {
-    let runs = ((ops / MOST_OPS).ceil() as u32).clamp(1, groups.max(1));
-    let step = groups.div_ceil(runs).max(1);
-    (0..groups).step_by(step as usize).map(move |first| (first, step.min(groups - first)))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_dispatch_exceeds_its_operations_and_all_workgroups_run_once() {
+        let tuning = Tuning { most_ops: 1000.0, ..Tuning::PORTABLE };
+        for (x, y, ops) in
+            [(7, 5, 100.0), (7, 5, 3000.0), (7, 5, 20_000.0), (1, 40, 39_999.0), (0, 3, 10.0), (3, 0, 10.0)]
+        {
+            let runs = tuning.runs(x, y, ops);
+            let mut seen = vec![0; (x * y) as usize];
+            for [(x_first, x_count), (y_first, y_count)] in runs {
+                let groups = f64::from(x_count * y_count);
+                assert!(groups == 1.0 || ops / f64::from(x * y) * groups <= tuning.most_ops);
+                for row in y_first..y_first + y_count {
+                    (x_first..x_first + x_count).for_each(|column| seen[(row * x + column) as usize] += 1);
+                }
+            }
+            assert!(seen.iter().all(|count| *count == 1), "{x} {y} {ops}: {seen:?}");
+        }
+    }
+
+    #[test]
+    fn parts_of_a_context_are_as_long_as_loops_run_on_mesa() {
+        let cut = |dim| Tuning::PORTABLE.attend(1, 4, dim).unwrap();
+        let splits = |tuning: &Tuning, dim| tuning.splits(&cut(dim), dim, 64, 16_000);
+        assert_eq!(splits(&Tuning::PORTABLE, 64), 2);
+        assert_eq!(splits(&Tuning::PORTABLE, 256), 4);
+        assert_eq!(splits(&Tuning { most_rounds: u32::MAX, ..Tuning::PORTABLE }, 256), 1);
+    }
+
+    #[test]
+    fn a_vocabulary_gets_the_threads_that_it_needs_or_is_refused() {
+        let side = |vocab| Tuning::PORTABLE.sample(vocab);
+        assert_eq!((side(4096), side(128_256), side(300_000)), (Ok(8), Ok(16), Ok(16)));
+        assert!(side(500_000).unwrap_err().contains("a vocabulary of 500000 tokens"));
+        assert!(Tuning { most_threads: 128, ..Tuning::PORTABLE }.sample(300_000).is_err());
+        assert_eq!(Tuning::SUBGROUP.sample(1 << 24), Ok(16));
+    }
 }

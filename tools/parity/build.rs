@@ -54,6 +54,7 @@ impl ActKind {
 
 /// A problem in the making.
 pub struct Builder {
+    padding: usize,
     buffers: Vec<(BufDesc, Contents)>,
     rows: usize,
     wanted: usize,
@@ -69,11 +70,20 @@ const LIVE: Buf = Buf(0);
 impl Builder {
     /// A problem with so many rows, wanted rows and spans in use.
     pub fn new(rows: usize, wanted: usize, spans: usize) -> Self {
+        Self::padded(PADDING, rows, wanted, spans)
+    }
+
+    /// A problem without padding, so that backends choose their kernels for exactly so many rows.
+    pub fn tight(rows: usize, wanted: usize, spans: usize) -> Self {
+        Self::padded(0, rows, wanted, spans)
+    }
+
+    fn padded(padding: usize, rows: usize, wanted: usize, spans: usize) -> Self {
         let live = BufDesc::new("live", DType::U32, Extent::Fixed(1), 3);
         let words = [rows, wanted, spans].map(|n| n as u32);
-        let program = Program::new(rows + PADDING, wanted + PADDING, LIVE);
+        let program = Program::new(rows + padding, wanted + padding, LIVE);
         let buffers = vec![(live, Contents::Written(bytemuck::cast_slice(&words).to_vec()))];
-        Builder { buffers, rows, wanted, program, outputs: Vec::new() }
+        Builder { padding, buffers, rows, wanted, program, outputs: Vec::new() }
     }
 
     fn push(&mut self, desc: BufDesc, contents: Contents) -> Buf {
@@ -102,8 +112,8 @@ impl Builder {
     /// A buffer that is written before the run; what lies beyond `bytes` is filled with `poison`.
     fn written(&mut self, name: &str, dtype: DType, axis: Axis, cols: usize, mut bytes: Vec<u8>, poison: u8) -> Buf {
         let rows = match axis {
-            Axis::Rows => Extent::Rows(self.rows + 2 * PADDING),
-            Axis::Wanted => Extent::Wanted(self.wanted + 2 * PADDING),
+            Axis::Rows => Extent::Rows(self.rows + 2 * self.padding),
+            Axis::Wanted => Extent::Wanted(self.wanted + 2 * self.padding),
             Axis::Fixed(n) => Extent::Fixed(n),
         };
         let desc = BufDesc::new(name, dtype, rows, cols);

@@ -24,6 +24,8 @@ struct Shape {
     sharpness: f32,
     /// Pages that the second sequence shares with the first.
     shared: usize,
+    /// No rows but those in use.
+    tight: bool,
 }
 
 /// Prefill from the start and behind a prefix, and decode rows with contexts of 1, 15, 16, 17 and 129.
@@ -38,6 +40,7 @@ const PLAIN: Shape = Shape {
     page_tokens: 16,
     sharpness: 1.0,
     shared: 0,
+    tight: false,
 };
 
 const STATIC: ActKind = ActKind::Static(0.0037);
@@ -73,7 +76,14 @@ pub fn add(list: &mut List) {
         let name = format!("decode_m{}_ctx{context}_gqa4", spans.len());
         plain(name, Shape { spans, cache: Cache::Bf16, ..PLAIN });
     }
+    // The one row of a decode step.
+    for cache in Cache::ALL {
+        let name = format!("decode_m1_over_{}_ctx129_gqa4", cache.name());
+        plain(name, Shape { spans: &[(128, 1)], cache, tight: true, ..PLAIN });
+    }
     // Longer than what a device may do in one loop.
+    let wide = Shape { spans: &[(15_999, 1)], cache: Cache::Bf16, heads: Heads { q: 2, kv: 1, dim: 256 }, ..PLAIN };
+    plain("decode_ctx16000_dim256".into(), wide);
     let long = Shape { spans: &[(40_000, 1)], cache: Cache::Fp8, heads: Heads { q: 2, kv: 1, dim: 64 }, ..PLAIN };
     plain("decode_ctx40001".into(), long);
     plain("prefill_130_rows".into(), Shape { spans: &[(0, 130)], ..PLAIN });
@@ -114,7 +124,7 @@ fn over(rng: &mut Rng, shape: Shape, spans: &[(usize, usize)]) -> Problem {
         batch.share(0, 1, shape.shared);
     }
     let width = heads.q * heads.dim;
-    let mut b = batch.builder();
+    let mut b = if shape.tight { batch.tight_builder() } else { batch.builder() };
     let bytes = encode(shape.q, &rng.normals(batch.rows() * width, shape.sharpness));
     let queries = decode(shape.q, &bytes);
     let q = b.input("q", shape.q, Axis::Rows, width, bytes);

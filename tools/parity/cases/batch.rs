@@ -118,6 +118,11 @@ impl Batch {
         Builder::new(self.rows(), 0, self.spans.len())
     }
 
+    /// A builder of this size without padding.
+    pub fn tight_builder(&self) -> Builder {
+        Builder::tight(self.rows(), 0, self.spans.len())
+    }
+
     /// The inputs that say who each row is.
     pub fn inputs(&self, b: &mut Builder) -> Rows {
         let (seqs, positions): (Vec<u32>, Vec<u32>) = self.each_row().map(|(s, p)| (s as u32, p as u32)).unzip();

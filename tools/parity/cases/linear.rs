@@ -33,6 +33,8 @@ struct Shape {
     margin: (usize, usize),
     /// Rows of the weight's parts; none for one part.
     parts: &'static [usize],
+    /// No rows but those in use.
+    tight: bool,
 }
 
 const PLAIN: Shape = Shape {
@@ -46,6 +48,7 @@ const PLAIN: Shape = Shape {
     add: false,
     margin: (0, 0),
     parts: &[],
+    tight: false,
 };
 
 pub fn add(list: &mut List) {
@@ -80,6 +83,16 @@ pub fn add(list: &mut List) {
         Shape { x: ActKind::Bf16, w: WeightKind::Bf16, axis: Axis::Wanted, m: 3, n: 1001, k: 512, ..PLAIN },
     );
     plain("one_channel_n1".into(), Shape { m: 33, n: 1, ..PLAIN });
+    for (m, n, k) in decode_shapes() {
+        let bf16 = Shape { x: ActKind::PerToken, out: DType::Bf16, margin: (35, 11), m, n, k, tight: true, ..PLAIN };
+        plain(format!("decode_per_token_bf16_out_m{m}_n{n}_k{k}"), bf16);
+        plain(format!("decode_static_add_m{m}_n{n}_k{k}"), Shape { x: STATIC, out: DType::F32, add: true, ..bf16 });
+    }
+    let head =
+        Shape { axis: Axis::Wanted, x: ActKind::Bf16, w: WeightKind::Bf16, n: 301, k: 2048, tight: true, ..PLAIN };
+    for m in [1, 2] {
+        plain(format!("decode_bf16_x_bf16_head_w{m}_n301_k2048"), Shape { m, ..head });
+    }
     list.drawn("linear", |rng| {
         let shape = drawn(rng);
         let Shape { x, w, m, n, k, .. } = shape;
@@ -104,24 +117,34 @@ fn drawn(rng: &mut Rng) -> Shape {
         add,
         margin: (rng.below(20), rng.below(20)),
         parts: &[],
+        tight: rng.below(2) == 0,
     }
+}
+
+/// One and two rows, as decoding has them: kernels of their own on GPUs.
+fn decode_shapes() -> impl Iterator<Item = (usize, usize, usize)> {
+    let of_rows = |m| [1, 7, 49, 301].into_iter().flat_map(move |n| [37, 2048].map(|k| (m, n, k)));
+    [1, 2].into_iter().flat_map(of_rows)
 }
 
 fn adversaries(list: &mut List) {
     list.add("linear", "all_code_pairs", |_| code_pairs());
-    list.add("linear", "all_positive_m5_n33_k8192", |rng| {
-        let shape = Shape { m: 5, n: 33, k: 8192, ..PLAIN };
-        let positive = |list: Vec<f32>| list.into_iter().map(f32::abs).collect::<Vec<_>>();
-        let (x, w) = (positive(rng.normals(5 * 8192, 1.0)), positive(rng.normals(33 * 8192, 1.0)));
-        problem(rng, shape, &x, &w)
-    });
-    list.add("linear", "saturating_rows_m5_n33_k8192", |rng| {
-        let shape = Shape { m: 5, n: 33, k: 8192, x: ActKind::Static(1.0), ..PLAIN };
-        let x: Vec<f32> = (0..5 * 8192).map(|i| if i / 8192 % 2 == 0 { 448.0 } else { -448.0 }).collect();
-        // The channels' scales make the largest weight of each 448 as well.
-        let w: Vec<f32> = (0..33 * 8192).map(|i| if i % 3 == 0 { -1.0 } else { 1.0 }).collect();
-        problem(rng, shape, &x, &w)
-    });
+    // Rows for a thread's tile, for several tiles, and for the large tiles of GPUs.
+    for m in [5, 17, 70] {
+        list.add("linear", format!("all_positive_m{m}_n33_k8192"), move |rng| {
+            let shape = Shape { m, n: 33, k: 8192, ..PLAIN };
+            let positive = |list: Vec<f32>| list.into_iter().map(f32::abs).collect::<Vec<_>>();
+            let (x, w) = (positive(rng.normals(m * 8192, 1.0)), positive(rng.normals(33 * 8192, 1.0)));
+            problem(rng, shape, &x, &w)
+        });
+        list.add("linear", format!("saturating_rows_m{m}_n33_k8192"), move |rng| {
+            let shape = Shape { m, n: 33, k: 8192, x: ActKind::Static(1.0), ..PLAIN };
+            let x: Vec<f32> = (0..m * 8192).map(|i| if i / 8192 % 2 == 0 { 448.0 } else { -448.0 }).collect();
+            // The channels' scales make the largest weight of each 448 as well.
+            let w: Vec<f32> = (0..33 * 8192).map(|i| if i % 3 == 0 { -1.0 } else { 1.0 }).collect();
+            problem(rng, shape, &x, &w)
+        });
+    }
     list.add("linear", "fp8_subnormals", |rng| {
         let shape = Shape { x: ActKind::Static(1.0), m: 17, n: 33, k: 512, ..PLAIN };
         let x: Vec<f32> = (0..17 * 512).map(|_| (rng.below(15) as f32 - 7.0) / 512.0).collect();
@@ -177,7 +200,8 @@ fn with_codes(rng: &mut Rng, shape: Shape, x: &[f32], codes: Vec<u8>) -> Problem
 }
 
 fn builder(shape: Shape) -> Builder {
-    if shape.axis == Axis::Rows { Builder::new(shape.m, 0, 0) } else { Builder::new(2, shape.m, 0) }
+    let (rows, wanted) = if shape.axis == Axis::Rows { (shape.m, 0) } else { (2, shape.m) };
+    if shape.tight { Builder::tight(rows, wanted, 0) } else { Builder::new(rows, wanted, 0) }
 }
 
 fn scales(rng: &mut Rng, n: usize) -> Vec<f32> {

@@ -44,6 +44,15 @@ pub fn add(list: &mut List) {
             problem(rng, vocab, logits, |row, rng| chosen(row, rng, |p, _| p.top_p = 0.9))
         });
     }
+    // As many passes over as many tokens as there can be.
+    list.add("sample", "everything_and_20_logprobs_w1_vocab300000", |rng| {
+        let logits = rng.normals(300_000, 2.5);
+        let all: Change = |p, rng| {
+            penalties(p, rng);
+            (p.temperature, p.top_k, p.top_p, p.logprobs) = (1.5, 1000, 0.95, Some(20));
+        };
+        problem(rng, 300_000, logits, |row, rng| chosen(row, rng, all))
+    });
     list.drawn("sample", |rng| {
         let (w, vocab, (name, change)) = (1 + rng.below(9), 1 + rng.below(9000), rng.pick(&variants));
         (format!("{name}_w{w}_vocab{vocab}"), move |rng: &mut Rng| {
