@@ -18,6 +18,16 @@ enum WeightKind {
     Fp8,
 }
 
+impl WeightKind {
+    fn dtype(self) -> DType {
+        match self {
+            WeightKind::F32 => DType::F32,
+            WeightKind::Bf16 => DType::Bf16,
+            WeightKind::Fp8 => DType::E4m3,
+        }
+    }
+}
+
 /// What one case computes.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -109,12 +119,19 @@ fn drawn(rng: &mut Rng) -> Shape {
 
 fn adversaries(list: &mut List) {
     list.add("linear", "all_code_pairs", |_| code_pairs());
-    list.add("linear", "all_positive_m5_n33_k8192", |rng| {
-        let shape = Shape { m: 5, n: 33, k: 8192, ..PLAIN };
-        let positive = |list: Vec<f32>| list.into_iter().map(f32::abs).collect::<Vec<_>>();
-        let (x, w) = (positive(rng.normals(5 * 8192, 1.0)), positive(rng.normals(33 * 8192, 1.0)));
-        problem(rng, shape, &x, &w)
-    });
+    // Few rows and many: GPUs have a kernel for either.
+    for (name, x, w, m) in [
+        ("all_positive_m5_n33_k8192", STATIC, WeightKind::Fp8, 5),
+        ("all_positive_m17_n33_k8192", STATIC, WeightKind::Fp8, 17),
+        ("all_positive_bf16_m17_n33_k8192", ActKind::Bf16, WeightKind::Bf16, 17),
+    ] {
+        list.add("linear", name, move |rng| {
+            let shape = Shape { x, w, m, n: 33, k: 8192, ..PLAIN };
+            let positive = |list: Vec<f32>| list.into_iter().map(f32::abs).collect::<Vec<_>>();
+            let (x, w) = (positive(rng.normals(m * 8192, 1.0)), positive(rng.normals(33 * 8192, 1.0)));
+            problem(rng, shape, &x, &w)
+        });
+    }
     list.add("linear", "saturating_rows_m5_n33_k8192", |rng| {
         let shape = Shape { m: 5, n: 33, k: 8192, x: ActKind::Static(1.0), ..PLAIN };
         let x: Vec<f32> = (0..5 * 8192).map(|i| if i / 8192 % 2 == 0 { 448.0 } else { -448.0 }).collect();
@@ -202,7 +219,7 @@ fn finish(mut b: Builder, rng: &mut Rng, shape: Shape, x: &[f32], w: Weight, w_e
             at.push(place);
         }
     }
-    b.expect_at(y, at, n, Bound::Close(Truth { value, magnitude, work: Work::Linear { k } }));
+    b.expect_at(y, at, n, Bound::Close(Truth { value, magnitude, work: Work::Linear { rows: m, k, dtypes: [shape.x.dtype(), shape.w.dtype()] } }));
     b.finish()
 }
 
