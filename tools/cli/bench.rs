@@ -8,9 +8,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use quaver::bench::{self, Case, CaseReport, Figure, History, Options, Phase, Report, Spread, Subject};
 use serde_json::{Value, json};
 
-use super::{bench_gemm, bench_serve};
 use super::flags::ModelFlags;
 use super::table::{Align, Table, human_bytes};
+use super::{bench_gemm, bench_serve};
 
 #[derive(clap::Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -124,7 +124,8 @@ fn head(report: &Report) -> Table {
         Some((peak, ratio)) => format!("; at most {} in use, {ratio:.2} times as much", human_bytes(peak)),
         None => String::new(),
     };
-    let device = memory.device.map(|bytes| format!("; {} of the device in use", human_bytes(bytes))).unwrap_or_default();
+    let device =
+        memory.device.map(|bytes| format!("; {} of the device in use", human_bytes(bytes))).unwrap_or_default();
     line("memory", format!("weights {weights}, KV cache {kv_cache}{peak}{device}"));
     table
 }

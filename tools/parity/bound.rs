@@ -153,7 +153,8 @@ fn close(truth: &Truth, evidence: &Evidence) -> Verdict {
     let (got, width) = (decode(evidence.dtype, evidence.got), evidence.width);
     let mut verdict = Verdict::default();
     let (mut all, mut largest, mut worst_row) = (Squares::default(), 0f64, 0f64);
-    let allowed = |sums: &Squares, n: usize| limit.rms * rms(sums.magnitudes, n) + limit.bias * rms(sums.values, n) + TINY;
+    let allowed =
+        |sums: &Squares, n: usize| limit.rms * rms(sums.magnitudes, n) + limit.bias * rms(sums.values, n) + TINY;
     for (row, got) in got.chunks(width).enumerate() {
         let mut row_sums = Squares::default();
         for (column, &got) in got.iter().enumerate() {

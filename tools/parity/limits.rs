@@ -93,8 +93,13 @@ pub fn limit(device: &DeviceInfo, work: Work) -> Limit {
         // Eight lanes of k/8 terms at the longest, three levels to sum them, up to seven terms left over; then as above. Tensor
         // cores leave fewer sums to add in f32, but lose on the way to them.
         (_, Work::Linear { rows, k, dtypes }) => {
-            let (f32, lost) = (of((k / 8) as f64 + 16.0, 2.0), tensor_bits(device, rows, dtypes).map(tensor_core_limit));
-            lost.map_or(f32, |lost| Limit { element: f32.element + lost.element, rms: f32.rms + lost.rms, bias: lost.bias })
+            let (f32, lost) =
+                (of((k / 8) as f64 + 16.0, 2.0), tensor_bits(device, rows, dtypes).map(tensor_core_limit));
+            lost.map_or(f32, |lost| Limit {
+                element: f32.element + lost.element,
+                rms: f32.rms + lost.rms,
+                bias: lost.bias,
+            })
         }
         // 1/sqrt, and two products. One element may be the largest of all by far, and its error be that of its row.
         // The sum of squares in f32, and the device's 1/sqrt, mended by a step of Newton's.

@@ -147,7 +147,13 @@ fn pack(problem: &Problem, output: &Output, buffer: &[u8]) -> Vec<u8> {
 
 /// Judges an output of `run`; `reference` is None where it is the reference's own, whose codes must be those of the f64
 /// values.
-fn judge(problem: &Problem, output: &Output, device: &DeviceInfo, run: &Execution, reference: Option<&Execution>) -> Verdict {
+fn judge(
+    problem: &Problem,
+    output: &Output,
+    device: &DeviceInfo,
+    run: &Execution,
+    reference: Option<&Execution>,
+) -> Verdict {
     let packed = |run: &Execution, buf: Buf| pack(problem, output, &run.buffers[buf.0 as usize]);
     let got = packed(run, output.buf);
     let want = match (&output.bound, reference) {

@@ -219,7 +219,16 @@ fn finish(mut b: Builder, rng: &mut Rng, shape: Shape, x: &[f32], w: Weight, w_e
             at.push(place);
         }
     }
-    b.expect_at(y, at, n, Bound::Close(Truth { value, magnitude, work: Work::Linear { rows: m, k, dtypes: [shape.x.dtype(), shape.w.dtype()] } }));
+    b.expect_at(
+        y,
+        at,
+        n,
+        Bound::Close(Truth {
+            value,
+            magnitude,
+            work: Work::Linear { rows: m, k, dtypes: [shape.x.dtype(), shape.w.dtype()] },
+        }),
+    );
     b.finish()
 }
 
