@@ -42,6 +42,9 @@ compose() {
   } >"$report"
 }
 
+# Lines of bench.csv.
+lines() { if [ -f "$csv" ]; then wc -l <"$csv"; else echo 0; fi; }
+
 # The lines of bench.csv behind the first N as rows of the table. Its last five columns hold no commas.
 rows_behind() {
   tail -n "+$(($1 + 1))" "$csv" 2>/dev/null | grep -v '^time,commit' | awk -F, -v device="$2" '{
@@ -77,7 +80,7 @@ part() {
 bench() {
   local seconds=$1 name=$2 device=$3 before
   shift 3
-  before=$(cat "$csv" 2>/dev/null | wc -l)
+  before=$(lines)
   part "$seconds" "$name" "$quaver" bench "$@" --csv "$csv" || true
   rows_behind "$before" "$device"
   compose
@@ -112,25 +115,27 @@ devices=$(tr -d ' ",' <"$out/devices.json" |
 # GPUs come before the processor, software adapters behind it.
 gpus=${GPU_CHECK_DEVICES:-$(awk '$1 == "cpu" { exit } { print }' <<<"$devices")}
 
-# The variants of a device's kernels, the best first; an empty line where there is no choice.
+# The compute capability of a card, 90 for 9.0.
+capability() {
+  "$quaver" devices | grep -o '^cuda .*compute capability [0-9.]*' | sed -n "$(($1 + 1))s/.* //p" | tr -d .
+}
+
+# The variants of a card's kernels, the best first; an empty line for other devices, whose own are all run at once.
 variants() {
-  awk -v backend="$1" -v device="$2" '
-    /"backend":/ { own = index($0, "\"" backend "\"") > 0 }
-    /"device":/ { gsub(/[^0-9]/, ""); mine = own && $0 == device }
-    /"variants":/ { inside = 1; next }
-    inside && /\]/ { inside = 0 }
-    inside { gsub(/[ ",]/, ""); list[own] = list[own] $0 "\n"; if (own) names[++count] = $0; next }
-    mine && /}/ { exit }
-    /}/ { count = 0 }
-    END { for (i = 1; i <= count; i++) print names[i]; if (!count) print "" }' "$out/devices.json"
+  [ "$1" = cuda ] || { echo && return; }
+  case $(capability "$2") in
+    90) printf 'sm90\nsm89\nsm80\n' ;;
+    8[0-8]) echo sm80 ;;
+    *) printf 'sm89\nsm80\n' ;;
+  esac
 }
 
 # The architecture that a card's kernels are compiled for.
 architecture() {
-  local capability
-  capability=$("$quaver" devices | grep -F "cuda" | grep -o 'compute capability [0-9.]*' | sed -n "$(($1 + 1))p" | tr -dc 0-9)
-  [ "$capability" != 90 ] || capability=90a
-  echo "sm_$capability"
+  local number
+  number=$(capability "$1")
+  [ "$number" != 90 ] || number=90a
+  echo "sm_$number"
 }
 
 while read -r backend device; do
@@ -157,10 +162,10 @@ while read -r backend device; do
     done
   done
   for dtype in fp8 bf16; do
-    before=$(cat "$csv" 2>/dev/null | wc -l)
+    before=$(lines)
     bench 40 "$name-gemm-$dtype" "$name" gemm --backend "$backend" --device "$device" --dtype "$dtype"
     if [ "$backend" = cuda ] && python3 -c 'import torch' 2>/dev/null; then
-      measured=$(wc -l <"$csv")
+      measured=$(lines)
       part 40 "$name-torch-$dtype" env CUDA_VISIBLE_DEVICES="$device" python3 "$here/gpu-check-torch.py" "$csv" "$before" || true
       rows_behind "$measured" "$name, torch"
       compose
