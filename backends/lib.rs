@@ -225,6 +225,16 @@ fn cuda_peaks(spec: &Spec) -> Result<Peaks> {
     cuda::peaks::measure(card, &properties, spec.variant.as_deref(), share)
 }
 
+#[cfg(feature = "cuda")]
+fn cuda_memory_in_use(spec: &Spec) -> Result<u64> {
+    cuda::card::memory_in_use(find_card(spec)?.0)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_memory_in_use(_spec: &Spec) -> Result<u64> {
+    Err(Error::device("cuda", NOT_BUILT))
+}
+
 #[cfg(not(feature = "cuda"))]
 fn cuda_peaks(_spec: &Spec) -> Result<Peaks> {
     Err(Error::device("cuda", NOT_BUILT))
@@ -268,6 +278,14 @@ pub fn peaks(spec: &Spec) -> Result<Peaks> {
         Kind::Auto | Kind::Cpu => cpu::peaks(spec.threads, spec.variant.as_deref()),
         // One thread, and no instruction that not every machine has.
         Kind::Reference => cpu::peaks(Some(1), Some("portable")),
+    }
+}
+
+/// Bytes of a card's memory that are in use, by all that run on it; None where a device does not say.
+pub fn memory_in_use(spec: &Spec) -> Result<Option<u64>> {
+    match choose(spec) {
+        Kind::Cuda => cuda_memory_in_use(spec).map(Some),
+        _ => Ok(None),
     }
 }
 

@@ -16,6 +16,8 @@ pub struct Peaks {
     /// Operations a second of the instruction that the device's kernels multiply FP8 with; a product that is added to a
     /// sum is two.
     pub flops: f64,
+    /// Bytes a second that are read and written where memory is copied; None where that is not measured.
+    pub copy: Option<f64>,
 }
 
 /// A measurement of a GPU repeats its kernel until it takes as long.

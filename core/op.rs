@@ -441,6 +441,22 @@ pub struct DeviceInfo {
     pub memory: Option<u64>,
     /// True where FP8 products run on FP8 hardware, false where codes are decoded first.
     pub native_fp8: bool,
+    /// Which of its kernels an opened device runs, where there is a choice and `driver` does not tell.
+    pub variant: Option<&'static str>,
+    /// How it sums the products of a [`Op::Linear`], where that is with fewer bits than f32 has.
+    pub tensor_cores: Option<TensorCores>,
+}
+
+/// The sums of tensor cores: addends lose what lies some bits behind the leading one of the largest, towards zero. They are
+/// added to f32 sums every 128 products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorCores {
+    /// A [`Op::Linear`] of fewer rows runs without them, as does one of f32 or of mixed types.
+    pub least_rows: usize,
+    /// These bits, of E4M3 products.
+    pub e4m3_bits: u32,
+    /// Of bf16 products.
+    pub bf16_bits: u32,
 }
 
 /// A device that runs programs. Runs, writes and copies happen in the order of the calls; only [`Backend::take`] waits.

@@ -123,7 +123,7 @@ impl Counter {
 impl Backend for Counter {
     fn describe(&self) -> DeviceInfo {
         let name = "counts, and runs nothing".to_owned();
-        DeviceInfo { backend: "plan", name, driver: String::new(), memory: None, native_fp8: false }
+        DeviceInfo { backend: "plan", name, ..DeviceInfo::default() }
     }
 
     fn supports(&self, _: &Op) -> Result<()> {

@@ -97,6 +97,32 @@ fn kernels_are_right_under_every_schedule() {
     }
 }
 
+/// Sums of tensor cores that are not added to f32 ones in time, with the bits that tensor cores keep: what is left out of a
+/// kernel or put in its place.
+const UNPROMOTED: [(&str, Variant, &[(&str, &str)]); 2] = [
+    ("sm89_linear_e4m3", Variant::Sm89, &[("if (s % 2 == 1 || s + 1 == stages) {", "if (s + 1 == stages) {")]),
+    (
+        "sm90_linear_e4m3",
+        Variant::Sm90,
+        &[("ws + 2 * i, i > 0)", "ws + 2 * i, s + i > 0)"), ("sums[i] += part[i]", "sums[i] = part[i]")],
+    ),
+];
+
+#[test]
+fn a_sum_that_is_not_promoted_is_caught() {
+    let case = case("linear::all_positive_m17_n33_k8192");
+    for (name, variant, changes) in UNPROMOTED {
+        let mut source = KERNELS.iter().find(|kernel| kernel.name == name).unwrap().source.to_owned();
+        assert_eq!(fault(&case, Cuda::emulated_with(&[(name, source.clone())], variant, 0)), None, "{name}");
+        for (from, to) in changes {
+            assert!(source.contains(from), "{name} has no {from:?} any more");
+            source = source.replacen(from, to, 1);
+        }
+        let why = fault(&case, Cuda::emulated_with(&[(name, source)], variant, 0));
+        assert!(why.as_ref().is_some_and(|why| why.contains("rms error")), "{name} without promotion: {why:?}");
+    }
+}
+
 /// A kernel, a case that runs it, and what is left out of it or put in its place.
 const PLANTED: [(&str, Variant, &str, &str, &str); 11] = [
     ("quantize", Variant::Sm80, "quantize::fp8_per_token_m17_k2048", "= x;\n  __syncthreads();", "= x;"),

@@ -82,6 +82,7 @@ pub fn describe(threads: usize, isa: Isa) -> DeviceInfo {
         driver: isa.name().into(),
         memory: machine::memory(),
         native_fp8: false,
+        ..DeviceInfo::default()
     }
 }
 

@@ -38,7 +38,7 @@ pub fn measure(pool: &ThreadPool, isa: Isa) -> Peaks {
     };
     let mut count = 0.0;
     let best = best(|| count = pool.broadcast(|_| products(isa, ROUNDS)).into_iter().sum());
-    Peaks { threads, bandwidth: read, flops: 2.0 * count / best.as_secs_f64() }
+    Peaks { threads, bandwidth: read, flops: 2.0 * count / best.as_secs_f64(), copy: None }
 }
 
 /// The time of the fastest pass.

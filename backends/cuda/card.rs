@@ -57,7 +57,14 @@ pub fn describe(Properties { name, capability, memory, .. }: &Properties) -> Dev
         driver: format!("CUDA {}.{}, compute capability {major}.{minor}", cuda / 1000, cuda % 1000 / 10),
         memory: Some(*memory),
         native_fp8: *capability >= (8, 9),
+        ..DeviceInfo::default()
     }
+}
+
+/// Bytes of a card's memory that are in use, by all that run on it.
+pub fn memory_in_use(card: usize) -> Result<u64> {
+    let used = sys::Card::open(card).and_then(|card| card.memory()).map(|(free, all)| all - free);
+    used.map_err(|why| Error::device(NAME, why))
 }
 
 /// The variants of the kernels that a card runs, the best first.
@@ -89,7 +96,12 @@ pub struct Card {
 impl Card {
     /// Opens a card of [`all`], of whose memory a share may be used.
     pub fn open(card: usize, properties: &Properties, variant: Variant, share: f64) -> Result<(Self, Tuning)> {
-        let info = describe(properties);
+        let info = DeviceInfo {
+            native_fp8: variant != Variant::Sm80,
+            variant: Some(variant.name()),
+            tensor_cores: Some(variant.tensor_cores()),
+            ..describe(properties)
+        };
         let fail = |why| Error::device(format!("{NAME} ({})", info.name), why);
         let driver = sys::driver_version().and_then(Result::ok).unwrap_or_default();
         let compiler = Compiler::for_card(properties.capability, driver)?;

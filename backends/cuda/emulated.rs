@@ -14,6 +14,7 @@ use quaver_kernels::{EMULATOR_CPP, EMULATOR_H};
 
 use super::cache;
 use super::device::{BOX_WIDTH, Device, Launch, Matrix};
+use super::tuning::Variant;
 
 const NAME: &str = "cuda-emulated";
 
@@ -34,16 +35,18 @@ pub struct Emulator {
 
 impl Emulator {
     /// Starts an emulator that was built.
-    pub fn start(program: &Path, variant: &str, schedule: u64) -> Result<Self> {
+    pub fn start(program: &Path, variant: Variant, schedule: u64) -> Result<Self> {
         let piped = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut process = piped.map_err(|e| Error::io("start", program, e))?;
         let (stdin, stdout) = (process.stdin.take().expect("piped"), process.stdout.take().expect("piped"));
         let info = DeviceInfo {
             backend: NAME,
-            name: format!("{variant} on the CPU"),
+            name: format!("{} on the CPU", variant.name()),
             driver: format!("schedule {schedule}"),
             memory: None,
             native_fp8: false,
+            variant: Some(variant.name()),
+            tensor_cores: Some(variant.tensor_cores()),
         };
         let (commands, answers) = (BufWriter::new(stdin), BufReader::new(stdout));
         let (plans, fetched) = (Vec::new(), HashMap::new());

@@ -28,10 +28,12 @@ pub fn measure(index: usize, properties: &Properties, variant: Option<&str>, sha
         let remedy = "lower --kv-cache-memory, or raise --gpu-memory-utilization";
         return Err(Error::OutOfMemory { what, need: LEAST, have: bytes, remedy });
     }
-    let [read, multiply] = cuda.peak_launches(bytes, ROUNDS)?;
+    let ([read, copy, multiply], out) = cuda.peak_launches(bytes, ROUNDS)?;
     let operations = operations(cuda.tuning.variant, &multiply);
-    let bandwidth = bytes as f64 / cuda.seconds(&read)?;
-    Ok(Peaks { threads: 1, bandwidth, flops: operations / cuda.seconds(&multiply)? })
+    let bandwidth = bytes as f64 / cuda.seconds(&read, out)?;
+    // Half of the memory is read and the other half written.
+    let copied = bytes as f64 / cuda.seconds(&copy, out)?;
+    Ok(Peaks { threads: 1, bandwidth, flops: operations / cuda.seconds(&multiply, out)?, copy: Some(copied) })
 }
 
 /// Operations of the kernel that multiplies.
@@ -45,9 +47,9 @@ fn operations(variant: Variant, launch: &Launch) -> f64 {
 }
 
 impl Cuda {
-    /// The kernels that are timed, one that reads zeros and one that multiplies. Both write a word where they find what is
-    /// not there, the last argument.
-    fn peak_launches(&mut self, bytes: u64, rounds: u32) -> Result<[Launch; 2]> {
+    /// The kernels that are timed: one that reads zeros, one that copies the first half of them to the second, and one that
+    /// multiplies. The first and the last write to the address that is given too, where they find what is not there.
+    fn peak_launches(&mut self, bytes: u64, rounds: u32) -> Result<([Launch; 3], u64)> {
         let (zeros, out) = (self.device.alloc("what is read", bytes)?, self.device.alloc("what is found", 16)?);
         let (file, threads, shared) = match self.tuning.variant {
             Variant::Sm80 => ("sm80_peak", 256, 0),
@@ -60,12 +62,15 @@ impl Cuda {
             Launch { file, entry: file.into(), grid, threads, shared, args }
         };
         let read = launch("peak_read", 256, 0, &[zeros, bytes / 16, out]);
-        Ok([read, launch(file, threads, shared, &[u64::from(rounds), out])])
+        let (pair, vectors) = (self.device.alloc("the halves", 16)?, bytes / 32);
+        self.device.write(pair, bytemuck::cast_slice(&[0u32, 1]))?;
+        let blocks = [vectors.div_ceil(256) as u32, 1, 1];
+        let copy = Launch { grid: blocks, ..launch("copy_pages", 256, 0, &[zeros, pair, vectors, 1]) };
+        Ok(([read, copy, launch(file, threads, shared, &[u64::from(rounds), out])], out))
     }
 
-    /// Seconds that a kernel takes at best.
-    fn seconds(&mut self, launch: &Launch) -> Result<f64> {
-        let Some(Value::Word(out)) = launch.args.last().cloned() else { unreachable!("it is the address of a word") };
+    /// Seconds that a kernel takes at best; `out` is an address to wait with.
+    fn seconds(&mut self, launch: &Launch, out: u64) -> Result<f64> {
         seconds(|repeats| {
             let plan = self.device.prepare(vec![launch.clone(); repeats as usize])?;
             let wait = |device: &mut dyn Device| {
@@ -89,8 +94,10 @@ mod tests {
     fn all_is_read_and_nothing_found_among_zeros() {
         for variant in Variant::ALL {
             let mut cuda = Cuda::emulated(variant, 0).unwrap();
-            let launches = cuda.peak_launches(80016, 1).unwrap();
-            let [Value::Word(zeros), _, Value::Word(out)] = launches[0].args[..] else { panic!("{:?}", launches[0]) };
+            let ([read, copy, multiply], out) = cuda.peak_launches(80032, 1).unwrap();
+            let Value::Word(zeros) = read.args[0] else { panic!("{read:?}") };
+            let copy = cuda.device.prepare(vec![copy]).unwrap();
+            let launches = [read, multiply];
             let launches = launches.map(|launch| Launch { grid: [2, 1, 1], ..launch });
             let [read, multiply] = launches.map(|launch| cuda.device.prepare(vec![launch]).unwrap());
             let mut found = |plan| {
@@ -101,10 +108,16 @@ mod tests {
                 let was = u32::from_ne_bytes(word);
                 cuda.device.write(out, &[0; 4]).unwrap();
                 // The last vector of all.
-                cuda.device.write(zeros + 80000, &7u32.to_ne_bytes()).unwrap();
+                cuda.device.write(zeros + 80016, &7u32.to_ne_bytes()).unwrap();
                 was
             };
             assert_eq!([found(multiply), found(read)], [0, 7], "{variant:?}");
+            // The last vector of the first half goes to where that one is.
+            cuda.device.write(zeros + 40000, &9u32.to_ne_bytes()).unwrap();
+            cuda.device.run(copy).unwrap();
+            let (fetch, mut word) = (cuda.device.fetch(&[(zeros + 80016, 4)]).unwrap(), [0; 4]);
+            cuda.device.take(fetch, &mut word).unwrap();
+            assert_eq!(u32::from_ne_bytes(word), 9, "{variant:?}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The one place where kernels are chosen for a device.
 
+use quaver_core::op::TensorCores;
 use quaver_core::{Error, Result};
 
 /// Which instructions a device has, as far as kernels differ by them.
@@ -24,6 +25,16 @@ impl Variant {
             Variant::Sm89 => "sm89",
             Variant::Sm90 => "sm90",
         }
+    }
+
+    /// How its tensor cores sum (`tensor_sum` in `kernels/emulator/emulator.cpp` has the sources). Ampere's multiply codes
+    /// as bf16.
+    pub const fn tensor_cores(self) -> TensorCores {
+        let e4m3_bits = match self {
+            Variant::Sm80 => 24,
+            Variant::Sm89 | Variant::Sm90 => 13,
+        };
+        TensorCores { least_rows: GEMV_ROWS as usize + 1, e4m3_bits, bf16_bits: 24 }
     }
 
     /// By its name; the newest where there is none.

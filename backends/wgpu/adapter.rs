@@ -86,7 +86,7 @@ pub fn describe(adapter: &Adapter) -> DeviceInfo {
     };
     let parts = [interface, &info.driver, &info.driver_info];
     let driver = parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ");
-    DeviceInfo { backend: NAME, name: info.name, driver, memory: None, native_fp8: false }
+    DeviceInfo { backend: NAME, name: info.name, driver, ..DeviceInfo::default() }
 }
 
 #[cfg(test)]

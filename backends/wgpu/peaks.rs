@@ -48,7 +48,7 @@ pub fn measure(adapter: &Adapter, variant: Option<&str>) -> Result<Peaks> {
     let [read, multiply] = kernels(&wgpu.tuning, bytes);
     let bandwidth = bytes as f64 / seconds(|repeats| wgpu.time(&read, repeats))?;
     let flops = operations(&wgpu.tuning) / seconds(|repeats| wgpu.time(&multiply, repeats))?;
-    Ok(Peaks { threads: 1, bandwidth, flops })
+    Ok(Peaks { threads: 1, bandwidth, flops, copy: None })
 }
 
 impl Wgpu {

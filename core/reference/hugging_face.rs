@@ -31,6 +31,7 @@ impl Kernels for HuggingFaceKernels {
             driver: "scalar, one thread, rounded to bf16 where Hugging Face does".into(),
             memory: None,
             native_fp8: false,
+            ..DeviceInfo::default()
         }
     }
 

@@ -24,6 +24,7 @@ impl Kernels for ReferenceKernels {
             driver: "scalar, f64 sums, one thread".into(),
             memory: None,
             native_fp8: false,
+            ..DeviceInfo::default()
         }
     }
 }

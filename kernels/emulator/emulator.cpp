@@ -252,6 +252,45 @@ void run_block() {
 
 float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
 
+// Bits behind the leading one of the largest addend that tensor cores keep of all. Of E4M3 products Hopper's keep the highest
+// 14 bits "of each mantissa product after sign-fill right shifting" (DeepSeek-V3 Technical Report, 3.5.2; 3.3.2 for what it
+// costs), and Ada's are taken for no better. Of bf16 ones they keep at least one more than f32 has (Fasi, Higham, Mikaitis,
+// Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021).
+const int E4M3_BITS = 13, BF16_BITS = 24;
+
+int exponent_of(double x) {
+  u64 bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (int)(bits >> 52 & 0x7ff) - 1023;
+}
+
+double power(int exponent) {
+  u64 bits = (u64)(exponent + 1023) << 52;
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// A sum as tensor cores take it: all addends, what was summed before among them, are shifted to the largest one's exponent,
+// lose the bits behind `kept`, and are added as integers; the sum keeps as many bits.
+float tensor_sum(const double* addends, u32 count, int kept) {
+  int largest = -1023;
+  for (u32 i = 0; i < count; i++) largest = max(largest, exponent_of(addends[i]));
+  double plain = 0;
+  if (largest == 1024) {
+    for (u32 i = 0; i < count; i++) plain += addends[i];
+    return (float)plain;
+  }
+  if (largest == -1023) return 0;
+  double to_integer = power(kept - largest);
+  long long sum = 0;
+  for (u32 i = 0; i < count; i++) sum += (long long)(addends[i] * to_integer);
+  if (sum == 0) return 0;
+  double result = (double)sum * power(largest - kept);
+  int own = exponent_of(result);
+  return (float)((double)(long long)(result * power(kept - own)) * power(own - kept));
+}
+
 // Element (row, k) of a matrix in shared memory, as its descriptor lays it out.
 float descriptor_value(u64 descriptor, u32 row, u32 k) {
   u32 start = (u32)(descriptor & 0x3fff) << 4, eight_rows = (u32)(descriptor >> 32 & 0x3fff) << 4;
@@ -276,9 +315,10 @@ void multiply(const Product& product) {
       for (u32 i = 0; i < 2; i++) {
         const float* column = b[8 * j + lane % 4 * 2 + i];
         float& d = product.d[4 * j + 2 * half + i];
-        double sum = product.add ? d : 0.0;
-        for (u32 k = 0; k < 32; k++) sum += (double)a[k] * column[k];
-        d = (float)sum;
+        double addends[33];
+        for (u32 k = 0; k < 32; k++) addends[k] = (double)a[k] * column[k];
+        addends[32] = product.add ? d : 0.0;
+        d = tensor_sum(addends, 33, E4M3_BITS);
       }
     }
   }
@@ -383,18 +423,21 @@ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Format format) {
   warp_barrier();
   for (u32 i = 0; i < 4; i++) {
     u32 row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double sum = d[i];
+    double addends[33];
+    u32 count = 0;
     for (u32 t = 0; t < 4; t++) {
       for (u32 half = 0; half < 2; half++) {
         u32 x = warp.a[side][row % 8 * 4 + t][row / 8 + 2 * half], w = warp.b[side][column * 4 + t][half];
         if (format == BF16_PAIRS) {
-          sum += (double)bf16_value(x & 0xffff) * bf16_value(w & 0xffff) + (double)bf16_value(x >> 16) * bf16_value(w >> 16);
+          addends[count++] = (double)bf16_value(x & 0xffff) * bf16_value(w & 0xffff);
+          addends[count++] = (double)bf16_value(x >> 16) * bf16_value(w >> 16);
         } else {
-          for (u32 j = 0; j < 32; j += 8) sum += (double)e4m3_value(x >> j & 0xff) * e4m3_value(w >> j & 0xff);
+          for (u32 j = 0; j < 32; j += 8) addends[count++] = (double)e4m3_value(x >> j & 0xff) * e4m3_value(w >> j & 0xff);
         }
       }
     }
-    d[i] = (float)sum;
+    addends[count++] = d[i];
+    d[i] = tensor_sum(addends, count, format == BF16_PAIRS ? BF16_BITS : E4M3_BITS);
   }
 }
 

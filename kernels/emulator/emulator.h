@@ -1,8 +1,8 @@
 // emulator: the words of ptx.cuh for the CPU, so that g++ compiles the kernels as they are. One block at a time; each of
 // its threads is a fiber, which runs until it has to wait for others. Who goes on then is the schedule's choice, and so is
 // when an asynchronous copy or product happens: at once, or when it is waited for at the latest. Shared memory holds NaN
-// before a block begins. What is not modelled: fences, bank conflicts, registers, the rounding of tensor cores (a product
-// of matrices is summed exactly and rounded once).
+// before a block begins. Tensor cores sum as few bits as cards do (`tensor_sum`). What is not modelled: fences, bank
+// conflicts, registers.
 #pragma once
 
 #include <algorithm>

@@ -59,6 +59,28 @@ fn a_cache_that_cannot_be_written_is_named() {
         .fails_with(1, &["cannot write", path.to_str().unwrap()]);
 }
 
+/// The device script on the processor in a GPU's place: what it leaves is whole, though its time ends before its work.
+#[test]
+#[cfg(target_os = "linux")]
+fn the_device_script_writes_down_what_it_has_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tools/gpu-check.sh");
+    let mut command = std::process::Command::new("bash");
+    command.arg(script).arg(&out).arg(env!("CARGO_BIN_EXE_quaver"));
+    command.env("GPU_CHECK_DEVICES", "cpu 0").env("GPU_CHECK_SHAPE", "tiny").env("GPU_CHECK_SECONDS", "90");
+    let ran = command.output().unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
+    let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap_or_else(|e| panic!("{name}: {e}: {said}"));
+    let (report, csv) = (read("report.md"), read("bench.csv"));
+    for part in ["## Figures", "| cpu-0 fp8-channel | decode b1 p128 g64 | speed |", "## cpu-"] {
+        assert!(report.contains(part), "{part:?} is not in {report}");
+    }
+    // A speed has its share of the floor.
+    let row = csv.lines().find(|row| row.contains(",decode b1 p128 g64,speed,")).expect("it is in the report");
+    assert!(row.rsplit(',').next().unwrap().parse::<f64>().unwrap() > 0.0, "{row}");
+}
+
 /// Every kernel that a step takes, one after the other: prefill on the products of Hopper, then decoding.
 #[test]
 fn the_emulated_kernels_answer_like_the_cpu() {

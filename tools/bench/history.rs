@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use quaver_core::{Error, Result};
 
-use super::report::{Figure, Phase, Report};
+use super::report::{Figure, Phase, Subject};
 
 /// The file's first line. What lies between `commit` and `unit` says whether two rows are of the same thing.
 const HEADER: [&str; 12] = [
@@ -58,16 +58,16 @@ impl History {
 
     /// A figure over its value in the latest run before this one; None where there was none, and for memory that is as
     /// much as the cases of a run need.
-    pub fn to_last(&self, report: &Report, figure: &Figure) -> Option<f64> {
-        if matches!(figure.name, "kv_cache" | "peak_memory") {
+    pub fn to_last(&self, subject: &Subject, figure: &Figure) -> Option<f64> {
+        if matches!(figure.name, "kv_cache" | "peak_memory" | "device_memory") {
             return None;
         }
-        let key: Vec<String> = row(report, figure, "")[KEY].to_vec();
+        let key: Vec<String> = row(subject, figure, "")[KEY].to_vec();
         self.latest.get(&key).map(|last| figure.value / last)
     }
 
-    /// Appends a report's figures, all in one write.
-    pub fn append(&self, report: &Report) -> Result<()> {
+    /// Appends figures, all in one write.
+    pub fn append(&self, subject: &Subject, figures: &[Figure]) -> Result<()> {
         let failed = |e: std::io::Error| Error::io("write", &self.path, e);
         let mut file = open(&self.path)?;
         file.lock().map_err(failed)?;
@@ -78,7 +78,7 @@ impl History {
         if text.is_empty() {
             push(&HEADER.map(str::to_owned));
         }
-        report.figures().iter().for_each(|figure| push(&row(report, figure, &time)));
+        figures.iter().for_each(|figure| push(&row(subject, figure, &time)));
         let mut bytes = rows.into_inner().expect("memory takes what is flushed");
         if !text.is_empty() && !text.ends_with('\n') {
             bytes.insert(0, b'\n');
@@ -111,16 +111,16 @@ fn refuse(path: &Path, why: String) -> Error {
     Error::text(path.display().to_string(), why)
 }
 
-fn row(report: &Report, figure: &Figure, time: &str) -> [String; HEADER.len()] {
-    let device = &report.device;
+fn row(subject: &Subject, figure: &Figure, time: &str) -> [String; HEADER.len()] {
+    let device = &subject.device;
     [
         time.to_owned(),
         crate::COMMIT.to_owned(),
-        report.machine_name(),
+        subject.machine.clone(),
         device.backend.to_owned(),
         device.name.clone(),
-        device.driver.clone(),
-        report.short_model(),
+        device.variant.unwrap_or(&device.driver).to_owned(),
+        subject.model.clone(),
         figure.case.clone(),
         figure.name.to_owned(),
         figure.unit.to_owned(),

@@ -1,6 +1,7 @@
 //! How fast a model runs, and how near that comes to what the machine can do. `quaver bench` is the caller.
 
 mod case;
+pub mod gemm;
 mod history;
 mod report;
 pub mod serve;
@@ -16,7 +17,7 @@ pub use self::case::Case;
 use self::case::{Run, Runner};
 pub use self::history::History;
 use self::report::CaseRuns;
-pub use self::report::{CaseReport, Figure, Machine, Memory, OpReport, Phase, Report, Spread};
+pub use self::report::{CaseReport, Figure, Machine, Memory, OpReport, Phase, Report, Spread, Subject};
 use crate::{LlmOptions, model};
 
 /// What to measure.
@@ -66,6 +67,7 @@ pub fn run(model: Option<&str>, options: &Options, mut on_progress: impl FnMut(&
         let runs = (0..options.repeat).map(run).collect::<Result<Vec<Run>>>()?;
         cases.push(CaseRuns { case: *case, runs, timed: Vec::new() });
     }
+    let device_memory = quaver_backends::memory_in_use(&options.llm.device)?;
     drop(runner);
     machine.push(quaver_backends::peaks(&options.llm.device)?);
     let machine = Machine::new(&machine);
@@ -77,7 +79,7 @@ pub fn run(model: Option<&str>, options: &Options, mut on_progress: impl FnMut(&
             case.timed = (0..options.repeat).map(|_| runner.run(&case.case)).collect::<Result<_>>()?;
         }
     }
-    let memory = Memory { weights: plan.weights as u64, kv_cache: plan.kv_cache as u64, peak };
+    let memory = Memory { weights: plan.weights as u64, kv_cache: plan.kv_cache as u64, peak, device: device_memory };
     let cases = cases.into_iter().map(|case| case.report(&machine)).collect();
     Ok(Report {
         model: checkpoint.files().name(),

@@ -33,6 +33,17 @@ pub struct Report {
     pub cases: Vec<CaseReport>,
 }
 
+/// What figures are of: rows of a file of figures with the same subject can be compared.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// The processor, and how many threads of it took part.
+    pub machine: String,
+    /// What computed.
+    pub device: DeviceInfo,
+    /// The model without the folders above it, and how it is kept.
+    pub model: String,
+}
+
 /// What a device can do, measured several times.
 #[derive(Clone, Copy, Debug)]
 pub struct Machine {
@@ -42,16 +53,34 @@ pub struct Machine {
     pub bandwidth: Spread,
     /// Operations a second; what counts is the median.
     pub flops: Spread,
+    /// Bytes a second that are read and written where memory is copied; None where that was not measured.
+    pub copy: Option<Spread>,
 }
 
 impl Machine {
     /// Of at least one measurement.
     pub fn new(measured: &[Peaks]) -> Self {
+        let copies: Vec<f64> = measured.iter().filter_map(|peaks| peaks.copy).collect();
         Machine {
             threads: measured[0].threads,
+            copy: (!copies.is_empty()).then(|| Spread::new(copies)),
             bandwidth: Spread::new(measured.iter().map(|peaks| peaks.bandwidth)),
             flops: Spread::new(measured.iter().map(|peaks| peaks.flops)),
         }
+    }
+}
+
+impl Machine {
+    /// What it can do, in billions a second.
+    pub(super) fn figures(&self) -> Vec<Figure> {
+        let peak = |name, unit, Spread { median, min, max }: Spread| {
+            let [median, min, max] = [median, min, max].map(|a_second| a_second / 1e9);
+            let spread = Some(Spread { median, min, max });
+            Figure { case: "machine".into(), name, unit, value: median, spread, phase: None }
+        };
+        let mut figures = vec![peak("bandwidth", "GB/s", self.bandwidth), peak("arithmetic", "GFLOP/s", self.flops)];
+        figures.extend(self.copy.map(|copy| peak("copy", "GB/s", copy)));
+        figures
     }
 }
 
@@ -64,6 +93,8 @@ pub struct Memory {
     pub kv_cache: u64,
     /// What the process held at most until the end of the last case; None where the system does not say.
     pub peak: Option<u64>,
+    /// Of the device, in use by all that run on it; None where it does not say.
+    pub device: Option<u64>,
 }
 
 impl Memory {
@@ -126,7 +157,7 @@ pub struct Floor {
 }
 
 impl Floor {
-    fn new(cost: Cost, machine: &Machine) -> Self {
+    pub(super) fn new(cost: Cost, machine: &Machine) -> Self {
         Floor { bytes: cost.bytes as f64 / machine.bandwidth.median, flops: cost.flops as f64 / machine.flops.median }
     }
 
@@ -149,7 +180,7 @@ pub struct Spread {
 
 impl Spread {
     /// Of at least one value.
-    fn new(values: impl IntoIterator<Item = f64>) -> Self {
+    pub(super) fn new(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let (n, last) = (values.len(), values.len() - 1);
@@ -251,18 +282,14 @@ impl Report {
             spread: None,
             phase: None,
         };
-        let peak = |name, unit, Spread { median, min, max }: Spread| {
-            let [median, min, max] = [median, min, max].map(|a_second| a_second / 1e9);
-            Figure { spread: Some(Spread { median, min, max }), ..plain("machine", name, unit, median) }
-        };
-        let mut figures = vec![
-            peak("bandwidth", "GB/s", self.machine.bandwidth),
-            peak("arithmetic", "GFLOP/s", self.machine.flops),
+        let mut figures = self.machine.figures();
+        figures.extend([
             plain("model", "load", "ms", self.load_ms),
             plain("model", "weights", "bytes", self.memory.weights as f64),
             plain("model", "kv_cache", "bytes", self.memory.kv_cache as f64),
-        ];
+        ]);
         figures.extend(self.memory.peak.map(|peak| plain("model", "peak_memory", "bytes", peak as f64)));
+        figures.extend(self.memory.device.map(|bytes| plain("model", "device_memory", "bytes", bytes as f64)));
         for CaseReport { case, prefill, decode, ttft_ms } in &self.cases {
             let speed = |name: &str, phase: &Phase| Figure {
                 spread: Some(phase.tokens_per_s),
@@ -278,16 +305,17 @@ impl Report {
         figures
     }
 
+    /// What the figures are of.
+    pub fn subject(&self) -> Subject {
+        let machine = quaver_backends::cpu::name(self.machine.threads);
+        Subject { machine, device: self.device.clone(), model: self.short_model() }
+    }
+
     /// The model without the folders above it, and how it is kept.
-    pub fn short_model(&self) -> String {
+    fn short_model(&self) -> String {
         let path = Path::new(&self.model);
         let name = path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
         format!("{} {}", name.unwrap_or_else(|| self.model.clone()), self.scheme)
-    }
-
-    /// The processor, and how many threads of it took part.
-    pub fn machine_name(&self) -> String {
-        quaver_backends::cpu::name(self.machine.threads)
     }
 }
 
@@ -333,7 +361,7 @@ mod tests {
 
     #[test]
     fn a_floor_is_whichever_of_memory_and_arithmetic_takes_longer() {
-        let peaks = |bandwidth, flops| Peaks { threads: 1, bandwidth, flops };
+        let peaks = |bandwidth, flops| Peaks { threads: 1, bandwidth, flops, copy: None };
         let machine = Machine::new(&[peaks(12.0, 90.0), peaks(9.0, 100.0), peaks(10.0, 110.0)]);
         assert_eq!(Floor::new(Cost { bytes: 20, flops: 100 }, &machine).seconds(), 2.0);
         assert_eq!(Floor::new(Cost { bytes: 20, flops: 300 }, &machine).seconds(), 3.0);

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use quaver::bench::{self, Case, CaseReport, Figure, History, Options, Phase, Report, Spread};
+use quaver::bench::{self, Case, CaseReport, Figure, History, Options, Phase, Report, Spread, Subject};
 use serde_json::{Value, json};
 
-use super::bench_serve;
 use super::flags::ModelFlags;
 use super::table::{Align, Table, human_bytes};
+use super::{bench_gemm, bench_serve};
 
 #[derive(clap::Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -56,11 +56,15 @@ pub struct Args {
 enum Of {
     /// Put load on a server with OpenAI's API, and measure when its tokens come.
     Serve(bench_serve::Args),
+    /// Time the matrix products of a model by themselves.
+    Gemm(bench_gemm::Args),
 }
 
 pub fn run(args: Args) -> Result<()> {
-    if let Some(Of::Serve(args)) = args.command {
-        return bench_serve::run(args);
+    match args.command {
+        Some(Of::Serve(args)) => return bench_serve::run(args),
+        Some(Of::Gemm(args)) => return bench_gemm::run(args),
+        None => {}
     }
     let history = args.csv.as_deref().map(History::open).transpose()?;
     let mut llm = args.model.options(1);
@@ -73,9 +77,7 @@ pub fn run(args: Args) -> Result<()> {
     let prompts = &args.prompt_tokens;
     let cases = args.batch.iter().flat_map(|&batch| prompts.iter().map(move |&prompt| case(batch, prompt))).collect();
     let options = Options { llm, cases, repeat: args.repeat.into(), per_op: args.per_op };
-    // Drawn on a terminal alone, and only when a run begins, so that it takes no time of one.
-    let style = ProgressStyle::with_template("{msg} ({elapsed})").expect("the template is sound");
-    let bar = ProgressBar::no_length().with_style(style);
+    let bar = progress();
     let model = args.name.as_deref().or(args.model.name());
     let report = bench::run(model, &options, |what| bar.set_message(what.to_owned()));
     bar.finish_and_clear();
@@ -86,7 +88,7 @@ pub fn run(args: Args) -> Result<()> {
     } else {
         head(&report).write(&mut out)?;
         writeln!(out)?;
-        figures(&report, history.as_ref()).write(&mut out)?;
+        figures(&report.subject(), &report.figures(), history.as_ref()).write(&mut out)?;
         for case in report.cases.iter().filter(|_| args.per_op) {
             for (name, phase) in [("prefill", &case.prefill), ("decode", &case.decode)] {
                 writeln!(out, "\n{name} {}", case.case)?;
@@ -95,9 +97,15 @@ pub fn run(args: Args) -> Result<()> {
         }
     }
     if let Some(history) = history {
-        history.append(&report)?;
+        history.append(&report.subject(), &report.figures())?;
     }
     Ok(())
+}
+
+/// Drawn on a terminal alone, and only when a run begins, so that it takes no time of one.
+pub(super) fn progress() -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} ({elapsed})").expect("the template is sound");
+    ProgressBar::no_length().with_style(style)
 }
 
 /// What was measured, and on what.
@@ -106,33 +114,36 @@ fn head(report: &Report) -> Table {
     let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
     let (device, machine, memory) = (&report.device, &report.machine, &report.memory);
     let (bandwidth, flops) = (machine.bandwidth.median / 1e9, machine.flops.median / 1e9);
+    let copies = machine.copy.map(|copy| format!(", copies {:.1} GB/s", copy.median / 1e9)).unwrap_or_default();
     line("model", format!("{}, {}", report.model, report.scheme));
     line("device", format!("{}: {} ({})", device.backend, device.name, device.driver));
-    line("machine", format!("reads {bandwidth:.1} GB/s, computes {flops:.1} GFLOP/s"));
+    line("machine", format!("reads {bandwidth:.1} GB/s{copies}, computes {flops:.1} GFLOP/s"));
     line("loaded in", format!("{:.0} ms", report.load_ms));
     let (weights, kv_cache) = (human_bytes(memory.weights), human_bytes(memory.kv_cache));
     let peak = match memory.peak.zip(memory.ratio()) {
         Some((peak, ratio)) => format!("; at most {} in use, {ratio:.2} times as much", human_bytes(peak)),
         None => String::new(),
     };
-    line("memory", format!("weights {weights}, KV cache {kv_cache}{peak}"));
+    let device =
+        memory.device.map(|bytes| format!("; {} of the device in use", human_bytes(bytes))).unwrap_or_default();
+    line("memory", format!("weights {weights}, KV cache {kv_cache}{peak}{device}"));
     table
 }
 
 /// The cases' figures; what they share with the head is not repeated.
-fn figures(report: &Report, history: Option<&History>) -> Table {
+pub(super) fn figures(subject: &Subject, list: &[Figure], history: Option<&History>) -> Table {
     let head = ["case", "figure", "", "", "least", "most", "of bandwidth", "of arithmetic", "of floor", "to last"];
     let columns = head.len() - usize::from(history.is_none());
     let mut table = Table::new(&[&[Align::Left; 2][..], &[Align::Right], &[Align::Left], &[Align::Right; 6]].concat());
     table.row(head[..columns].iter().map(|cell| (*cell).to_owned()).collect::<Vec<_>>());
-    for figure in report.figures() {
-        let Figure { case, name, unit, value, spread, phase } = &figure;
+    for figure in list {
+        let Figure { case, name, unit, value, spread, phase } = figure;
         let of = |share: fn(&Phase) -> f64| phase.as_ref().map(|phase| percent(share(phase))).unwrap_or_default();
         let end = |end: fn(&Spread) -> f64| spread.as_ref().map(|spread| number(end(spread))).unwrap_or_default();
         let mut row = vec![case.clone(), name.replace('_', " "), number(*value), (*unit).to_owned()];
         row.extend([end(|spread| spread.min), end(|spread| spread.max)]);
         row.extend([Phase::share_of_bandwidth, Phase::share_of_arithmetic, Phase::share_of_floor].map(of));
-        let to_last = |history: &History| history.to_last(report, &figure);
+        let to_last = |history: &History| history.to_last(subject, figure);
         row.extend(history.map(|history| to_last(history).map_or("-".to_owned(), |ratio| format!("{ratio:.3}"))));
         table.row(row);
     }
@@ -175,18 +186,20 @@ fn to_json(report: &Report) -> Value {
         "commit": quaver::COMMIT,
         "backend": device.backend,
         "device": device.name,
-        "variant": device.driver,
+        "variant": device.variant.unwrap_or(&device.driver),
         "machine": {
             "bandwidth_gb_s": machine.bandwidth.median / 1e9,
             "bandwidth_gb_s_spread": [machine.bandwidth.min / 1e9, machine.bandwidth.max / 1e9],
             "gflops": machine.flops.median / 1e9,
             "gflops_spread": [machine.flops.min / 1e9, machine.flops.max / 1e9],
             "threads": machine.threads,
+            "copy_gb_s": machine.copy.map(|copy| copy.median / 1e9),
         },
         "load_ms": report.load_ms,
         "weights_bytes": memory.weights,
         "kv_cache_bytes": memory.kv_cache,
         "peak_memory_bytes": memory.peak,
+        "device_memory_bytes": memory.device,
         "rows": report.cases.iter().map(case_json).collect::<Value>(),
     })
 }

@@ -3,6 +3,7 @@
 
 mod batch;
 mod bench;
+mod bench_gemm;
 mod bench_serve;
 mod chat;
 mod devices;

@@ -2,7 +2,7 @@
 
 use half::bf16;
 use quaver_core::e4m3;
-use quaver_core::op::{Buf, DType};
+use quaver_core::op::{Buf, DType, DeviceInfo};
 use quaver_core::sampler::Sampled;
 
 use super::limits::{TINY, U, Work, limit};
@@ -55,7 +55,7 @@ impl Codes {
 
 /// What is to be judged.
 pub(super) struct Evidence<'a> {
-    pub backend: &'a str,
+    pub device: &'a DeviceInfo,
     pub dtype: DType,
     /// Elements of a row.
     pub width: usize,
@@ -149,12 +149,14 @@ fn half_ulp(dtype: DType, value: f64) -> f64 {
 }
 
 fn close(truth: &Truth, evidence: &Evidence) -> Verdict {
-    let limit = limit(evidence.backend, truth.work);
+    let limit = limit(evidence.device, truth.work);
     let (got, width) = (decode(evidence.dtype, evidence.got), evidence.width);
     let mut verdict = Verdict::default();
-    let (mut all_errors, mut all_magnitudes, mut largest, mut worst_row) = (0.0, 0.0, 0f64, 0f64);
+    let (mut all, mut largest, mut worst_row) = (Squares::default(), 0f64, 0f64);
+    let allowed =
+        |sums: &Squares, n: usize| limit.rms * rms(sums.magnitudes, n) + limit.bias * rms(sums.values, n) + TINY;
     for (row, got) in got.chunks(width).enumerate() {
-        let (mut errors, mut magnitudes) = (0.0, 0.0);
+        let mut row_sums = Squares::default();
         for (column, &got) in got.iter().enumerate() {
             let (value, magnitude) = (truth.value[row * width + column], truth.magnitude[row * width + column]);
             // What storing costs is no error of the sum.
@@ -162,35 +164,47 @@ fn close(truth: &Truth, evidence: &Evidence) -> Verdict {
             let stored = half_ulp(evidence.dtype, if got.abs() > value.abs() { got } else { value });
             let distance = (got - value).abs();
             let error = if distance <= stored { 0.0 } else { distance - stored };
-            errors += error * error;
-            magnitudes += magnitude * magnitude;
+            [&mut row_sums, &mut all].into_iter().for_each(|sums| sums.add(error, value, magnitude));
             largest = largest.max((error - TINY) / (magnitude + TINY));
             verdict.note(error, limit.element * magnitude + TINY, || {
                 format!("row {row} column {column} is {got:e}, not {value:e} (magnitude {magnitude:e})")
             });
         }
-        all_errors += errors;
-        all_magnitudes += magnitudes;
         // The root mean square of a few errors is as wild as they are.
         if width >= MANY {
-            let (error, magnitude) = (rms(errors, width), rms(magnitudes, width));
+            let (error, magnitude) = (rms(row_sums.errors, width), rms(row_sums.magnitudes, width));
             worst_row = worst_row.max(error / (magnitude + TINY));
-            verdict.note(error, limit.rms * magnitude + TINY, || format!("rms error of row {row}"));
+            verdict.note(error, allowed(&row_sums, width), || format!("rms error of row {row}"));
         }
     }
     if got.len() >= MANY {
-        let (error, magnitude) = (rms(all_errors, got.len()), rms(all_magnitudes, got.len()));
-        verdict.note(error, limit.rms * magnitude + TINY, || "rms error of all rows".into());
+        verdict.note(rms(all.errors, got.len()), allowed(&all, got.len()), || "rms error of all rows".into());
     }
     if verdict.passed() {
-        let (largest, worst_row, all) =
-            (largest / U, worst_row / U, rms(all_errors, 1) / (rms(all_magnitudes, 1) + TINY) / U);
-        let (element, row) = (limit.element / U, limit.rms / U);
+        let unit = (rms(all.magnitudes, 1) + TINY) * U;
+        let (largest, worst_row, whole) = (largest / U, worst_row / U, rms(all.errors, 1) / unit);
+        let (element, row) = (limit.element / U, allowed(&all, 1) / unit);
         verdict.detail = format!(
-            "in units of 2^-24 x magnitude: {largest:.2} of {element:.1}, rms of a row {worst_row:.3} and of all {all:.3} of {row:.1}"
+            "in units of 2^-24 x magnitude: {largest:.2} of {element:.1}, rms of a row {worst_row:.3} and of all {whole:.3} of {row:.1}"
         );
     }
     verdict
+}
+
+/// Sums of squares.
+#[derive(Default)]
+struct Squares {
+    errors: f64,
+    values: f64,
+    magnitudes: f64,
+}
+
+impl Squares {
+    fn add(&mut self, error: f64, value: f64, magnitude: f64) {
+        self.errors += error * error;
+        self.values += value * value;
+        self.magnitudes += magnitude * magnitude;
+    }
 }
 
 /// So many errors have a meaningful root mean square.
@@ -213,7 +227,7 @@ pub(super) fn are_neighbours(a: u8, b: u8) -> bool {
 
 fn codes(quantized: &Codes, evidence: &Evidence) -> Verdict {
     let Codes { truth, inv, spread } = quantized;
-    let limit = limit(evidence.backend, truth.work).element;
+    let limit = limit(evidence.device, truth.work).element;
     let mut verdict = Verdict::default();
     let mut ties = 0;
     for (i, (&got, &want)) in evidence.got.iter().zip(evidence.want).enumerate() {

@@ -41,6 +41,15 @@ impl ActKind {
         rng.pick(&[ActKind::F32, ActKind::Bf16, ActKind::Static(scale), ActKind::PerToken])
     }
 
+    /// Of the activations.
+    pub fn dtype(self) -> DType {
+        match self {
+            ActKind::F32 => DType::F32,
+            ActKind::Bf16 => DType::Bf16,
+            ActKind::Static(_) | ActKind::PerToken => DType::E4m3,
+        }
+    }
+
     /// As names of cases spell it.
     pub fn name(self) -> &'static str {
         match self {

@@ -7,6 +7,7 @@
 //! `rms` x that of its magnitudes. It is two to four times what was measured.
 
 use quaver_core::llama::Profile;
+use quaver_core::op::{DType, DeviceInfo};
 
 /// The rounding error of an f32 operation, relative to its result.
 pub const U: f64 = 1.0 / (1 << 24) as f64;
@@ -21,8 +22,12 @@ pub enum Work {
     Exact,
     /// A sum of `k` products, scaled, and added to a residual. Magnitude: sum of |x||w|, + |residual|.
     Linear {
+        /// Rows of the step.
+        rows: usize,
         /// Products.
         k: usize,
+        /// Of activations and weights.
+        dtypes: [DType; 2],
     },
     /// A normalized row. Magnitude: |value|.
     RmsNorm,
@@ -49,18 +54,53 @@ pub struct Limit {
     pub element: f64,
     /// Of the root mean square of a row, and of all rows.
     pub rms: f64,
+    /// What is added to that, relative to the root mean square of the values: where rounding towards zero makes sums smaller.
+    pub bias: f64,
 }
 
-/// The limit of a backend, by its name in [`DeviceInfo`](quaver_core::op::DeviceInfo). A backend without a line of its
-/// own is held to the cpu's.
-pub fn limit(backend: &str, work: Work) -> Limit {
-    let of = |element: f64, rms: f64| Limit { element: element * U, rms: rms * U };
-    match (backend, work) {
+/// The products of a sum of tensor cores, and how often it is taken up again at most: by instructions of 8 products.
+const PROMOTED: (usize, usize) = (128, 16);
+
+/// What a sum of tensor cores with so many bits behind the leading one may lose, relative to it.
+///
+/// An addend of an instruction, be it a product or the sum so far, loses less than 2^-bits of the largest, which is at most
+/// the sum of |x||w|; the new sum loses 2^-bits of itself. Hence the limit of an element, over a sum that is promoted in time.
+/// Products of either sign lose as much one way as the other, while sums of one sign lose half of that each time: 0.3 and 15
+/// times 2^-bits were measured.
+fn tensor_core_limit(bits: u32) -> Limit {
+    let bit = 0.5f64.powi(bits as i32);
+    let (products, sums) = PROMOTED;
+    Limit { element: (products + 2 * sums) as f64 * bit, rms: bit, bias: 32.0 * bit }
+}
+
+/// The bits that a device's tensor cores keep of a Linear; None where it runs without them.
+fn tensor_bits(device: &DeviceInfo, rows: usize, dtypes: [DType; 2]) -> Option<u32> {
+    let cores = device.tensor_cores.filter(|cores| rows >= cores.least_rows)?;
+    match dtypes {
+        [DType::E4m3, DType::E4m3] => Some(cores.e4m3_bits),
+        [DType::Bf16, DType::Bf16] => Some(cores.bf16_bits),
+        _ => None,
+    }
+}
+
+/// The limit of a device, by its backend's name. A backend without a line of its own is held to the cpu's.
+pub fn limit(device: &DeviceInfo, work: Work) -> Limit {
+    let of = |element: f64, rms: f64| Limit { element: element * U, rms: rms * U, bias: 0.0 };
+    match (device.backend, work) {
         (_, Work::Exact) => of(0.0, 0.0),
         // The sum is rounded once, then the two scales and the residual.
         ("reference", Work::Linear { .. }) => of(4.0, 2.0),
-        // Eight lanes of k/8 terms at the longest, three levels to sum them, up to seven terms left over; then as above.
-        (_, Work::Linear { k }) => of((k / 8) as f64 + 16.0, 2.0),
+        // Eight lanes of k/8 terms at the longest, three levels to sum them, up to seven terms left over; then as above. Tensor
+        // cores leave fewer sums to add in f32, but lose on the way to them.
+        (_, Work::Linear { rows, k, dtypes }) => {
+            let (f32, lost) =
+                (of((k / 8) as f64 + 16.0, 2.0), tensor_bits(device, rows, dtypes).map(tensor_core_limit));
+            lost.map_or(f32, |lost| Limit {
+                element: f32.element + lost.element,
+                rms: f32.rms + lost.rms,
+                bias: lost.bias,
+            })
+        }
         // 1/sqrt, and two products. One element may be the largest of all by far, and its error be that of its row.
         // The sum of squares in f32, and the device's 1/sqrt, mended by a step of Newton's.
         ("wgpu", Work::RmsNorm) => of(6.0, 6.0),

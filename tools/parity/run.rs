@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use quaver_core::op::{Backend, Buf};
+use quaver_core::op::{Backend, Buf, DeviceInfo};
 use quaver_core::reference::Reference;
 use quaver_core::{Error, Result};
 
@@ -68,8 +68,9 @@ impl Ready {
     /// Runs a case on a fresh reference.
     pub fn new(case: &Case) -> Result<Self> {
         let problem = case.problem();
-        let reference = execute(&problem, &mut Reference::open())?;
-        let own = problem.outputs.iter().map(|output| judge(&problem, output, "reference", &reference, None));
+        let (mut device, info) = (Reference::open(), Reference::open().describe());
+        let reference = execute(&problem, &mut device)?;
+        let own = problem.outputs.iter().map(|output| judge(&problem, output, &info, &reference, None));
         let faults = own.filter(|verdict| !verdict.passed()).collect();
         Ok(Ready { name: case.name.clone(), op: case.op, seed: case.seed, problem, reference, faults })
     }
@@ -79,12 +80,12 @@ impl Ready {
     /// # Errors
     /// What the device says where it cannot run the program at all.
     pub fn run(&self, device: &mut dyn Backend) -> Result<Outcome> {
-        let backend = device.describe().backend;
+        let info = device.describe();
         let got = execute(&self.problem, device)?;
         let mut verdicts = self.faults.clone();
         verdicts.push(untouched(&self.problem, &got));
         let outputs = self.problem.outputs.iter();
-        verdicts.extend(outputs.map(|output| judge(&self.problem, output, backend, &got, Some(&self.reference))));
+        verdicts.extend(outputs.map(|output| judge(&self.problem, output, &info, &got, Some(&self.reference))));
         Ok(Outcome::new(self.name.clone(), self.op, self.seed, got.us, verdicts))
     }
 }
@@ -146,7 +147,13 @@ fn pack(problem: &Problem, output: &Output, buffer: &[u8]) -> Vec<u8> {
 
 /// Judges an output of `run`; `reference` is None where it is the reference's own, whose codes must be those of the f64
 /// values.
-fn judge(problem: &Problem, output: &Output, backend: &str, run: &Execution, reference: Option<&Execution>) -> Verdict {
+fn judge(
+    problem: &Problem,
+    output: &Output,
+    device: &DeviceInfo,
+    run: &Execution,
+    reference: Option<&Execution>,
+) -> Verdict {
     let packed = |run: &Execution, buf: Buf| pack(problem, output, &run.buffers[buf.0 as usize]);
     let got = packed(run, output.buf);
     let want = match (&output.bound, reference) {
@@ -155,7 +162,7 @@ fn judge(problem: &Problem, output: &Output, backend: &str, run: &Execution, ref
         _ => packed(reference.unwrap_or(run), output.buf),
     };
     let dtype = problem.buffers[output.buf.0 as usize].0.dtype;
-    let verdict = output.bound.judge(&Evidence { backend, dtype, width: output.width, got: &got, want: &want });
+    let verdict = output.bound.judge(&Evidence { device, dtype, width: output.width, got: &got, want: &want });
     let who = if reference.is_none() { "the reference itself, " } else { "" };
     let name = &problem.buffers[output.buf.0 as usize].0.name;
     Verdict { detail: format!("{who}{name}: {}", verdict.detail), ..verdict }

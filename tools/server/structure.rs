@@ -135,6 +135,7 @@ impl Grammar {
                 return Err(ApiError::invalid("structured_outputs", why));
             }
             Grammar::Choice(choices) => choices.iter().map(String::len).sum(),
+            Grammar::Calls { calls, .. } => calls.iter().map(|schema| schema.to_string().len()).sum(),
         };
         if bytes > MAX_FORM_BYTES {
             let why = format!("the form of the answer has {bytes} bytes, at most {MAX_FORM_BYTES} may be");

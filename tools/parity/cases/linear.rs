@@ -18,6 +18,16 @@ enum WeightKind {
     Fp8,
 }
 
+impl WeightKind {
+    fn dtype(self) -> DType {
+        match self {
+            WeightKind::F32 => DType::F32,
+            WeightKind::Bf16 => DType::Bf16,
+            WeightKind::Fp8 => DType::E4m3,
+        }
+    }
+}
+
 /// What one case computes.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -131,12 +141,14 @@ fn adversaries(list: &mut List) {
     list.add("linear", "all_code_pairs", |_| code_pairs());
     // Rows for a thread's tile, for several tiles, and for the large tiles of GPUs.
     for m in [5, 17, 70] {
-        list.add("linear", format!("all_positive_m{m}_n33_k8192"), move |rng| {
-            let shape = Shape { m, n: 33, k: 8192, ..PLAIN };
-            let positive = |list: Vec<f32>| list.into_iter().map(f32::abs).collect::<Vec<_>>();
-            let (x, w) = (positive(rng.normals(m * 8192, 1.0)), positive(rng.normals(33 * 8192, 1.0)));
-            problem(rng, shape, &x, &w)
-        });
+        let positive = |rng: &mut Rng, n| rng.normals(n, 1.0).into_iter().map(f32::abs).collect::<Vec<_>>();
+        for (name, x, w) in [("", STATIC, WeightKind::Fp8), ("bf16_", ActKind::Bf16, WeightKind::Bf16)] {
+            list.add("linear", format!("all_positive_{name}m{m}_n33_k8192"), move |rng| {
+                let shape = Shape { x, w, m, n: 33, k: 8192, ..PLAIN };
+                let (x, w) = (positive(rng, m * 8192), positive(rng, 33 * 8192));
+                problem(rng, shape, &x, &w)
+            });
+        }
         list.add("linear", format!("saturating_rows_m{m}_n33_k8192"), move |rng| {
             let shape = Shape { m, n: 33, k: 8192, x: ActKind::Static(1.0), ..PLAIN };
             let x: Vec<f32> = (0..m * 8192).map(|i| if i / 8192 % 2 == 0 { 448.0 } else { -448.0 }).collect();
@@ -226,7 +238,16 @@ fn finish(mut b: Builder, rng: &mut Rng, shape: Shape, x: &[f32], w: Weight, w_e
             at.push(place);
         }
     }
-    b.expect_at(y, at, n, Bound::Close(Truth { value, magnitude, work: Work::Linear { k } }));
+    b.expect_at(
+        y,
+        at,
+        n,
+        Bound::Close(Truth {
+            value,
+            magnitude,
+            work: Work::Linear { rows: m, k, dtypes: [shape.x.dtype(), shape.w.dtype()] },
+        }),
+    );
     b.finish()
 }
 
