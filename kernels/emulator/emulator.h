@@ -124,6 +124,7 @@ template <class T> DEVICE T __shfl_sync(u32, T x, u32 lane) {
 template <class T> DEVICE T __shfl_xor_sync(u32 mask, T x, u32 by) { return __shfl_sync(mask, x, (threadIdx.x % 32) ^ by); }
 // One fiber runs at a time.
 DEVICE u32 atomicMax(u32* to, u32 x) { u32 old = *to; *to = max(old, x); return old; }
+DEVICE u32 atomicAdd(u32* to, u32 x) { u32 old = *to; *to = old + x; return old; }
 
 DEVICE u32 shared_address(const void* p) { return emulator::address_of(p); }
 DEVICE u32 bf16x2_encode(float low, float high) { return emulator::bf16_code(low) | emulator::bf16_code(high) << 16; }
