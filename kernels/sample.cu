@@ -219,6 +219,7 @@ struct Row {
 KERNEL(1024, 1) sample(const u32* live, const float* logits, const RowParams* params, u32* history, Sampled* sampled,
                        u32 vocab, u32 stride) {
   SHARED(Shared, shared, 1);
+  dependency_wait();
   if (blockIdx.x >= live[1]) return;
   RowParams p = params[blockIdx.x];
   bool penalizes = p.repetition != 1.0f || p.presence != 0.0f || p.frequency != 0.0f;

@@ -54,7 +54,7 @@ struct Thread {
   u32 exchanges;
   Groups<Copy> copies;
   Groups<Product> products;
-  bool is_made;
+  bool is_made, has_waited;
 };
 
 struct Warp {
@@ -140,6 +140,7 @@ void fiber() {
     Thread& own = *running;
     if (!own.copies.open.empty()) fail("thread %u ends with copies that it did not commit", own.id);
     if (!own.products.committed.empty()) fail("thread %u ends without waiting for its products", own.id);
+    if (!own.has_waited) fail("thread %u ends without a dependency_wait", own.id);
     Warp& warp = warps[own.id / 32];
     if (warp.waiting > 0) fail("thread %u ends while its warp waits for it", own.id);
     live--, warp.live--;
@@ -225,7 +226,7 @@ void run_block() {
     Thread& thread = threads[i];
     if (!thread.is_made) make_fiber(thread);
     thread.index = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
-    thread.id = i, thread.state = READY, thread.exchanges = 0;
+    thread.id = i, thread.state = READY, thread.exchanges = 0, thread.has_waited = false;
   }
   for (int last = -1; live > 0;) {
     if (!boxes.empty() && (!is_lazy || chance() % 8 == 0)) bring_some();
@@ -295,6 +296,8 @@ void fail(const char* format, ...) {
   fflush(stderr);
   _exit(3);
 }
+
+void dependency_wait() { running->has_waited = true; }
 
 void block_barrier() {
   block_waiting++;
@@ -389,6 +392,8 @@ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Format format) {
         u32 x = warp.a[side][row % 8 * 4 + t][row / 8 + 2 * half], w = warp.b[side][column * 4 + t][half];
         if (format == BF16_PAIRS) {
           sum += (double)bf16_value(x & 0xffff) * bf16_value(w & 0xffff) + (double)bf16_value(x >> 16) * bf16_value(w >> 16);
+        } else if (format == F16_PAIRS) {
+          sum += (double)f16_value(x & 0xffff) * f16_value(w & 0xffff) + (double)f16_value(x >> 16) * f16_value(w >> 16);
         } else {
           for (u32 j = 0; j < 32; j += 8) sum += (double)e4m3_value(x >> j & 0xff) * e4m3_value(w >> j & 0xff);
         }
