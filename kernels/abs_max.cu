@@ -3,6 +3,7 @@
 
 KERNEL(256, 1) abs_max(const u32* live, u32 axis, const float* x, float* out, u32 cols) {
   SHARED(float, scratch, 32);
+  dependency_wait();
   u32 row = blockIdx.x;
   if (row >= live[axis]) return;
   float most = 0.0f;

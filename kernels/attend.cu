@@ -12,6 +12,7 @@
 KERNEL(128, 1) attend(const u32* live, const void* q, u32 q_type, const void* k, const void* v, u32 cache,
                       const u32* page_table, u32 pages, const uint4* spans, float* parts, u32 group, u32 kv_heads,
                       u32 dim, u32 page_tokens, float scale) {
+  dependency_wait();
   LAUNCH_SHARED(shared);
   u32 width = padded(dim), pitch = width + 4;
   float* queries = (float*)shared;           // [QUERIES, width]
@@ -22,8 +23,9 @@ KERNEL(128, 1) attend(const u32* live, const void* q, u32 q_type, const void* k,
   Tile tile = find_tile(live, spans, blockIdx.x, tile_rows);
   if (tile.rows == 0) return;
   u32 context = tile.position + tile.rows;
-  u32 part = ((context + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
-  u32 begin = blockIdx.z * part, end = min(begin + part, context);
+  Part part = find_part(context, splits, CHUNK, blockIdx.z);
+  u32 begin = part.begin, end = part.end;
+  if (begin == end) return;
   u32 count = tile.rows * group, warp = threadIdx.x / 32, lane = threadIdx.x % 32, q_heads = kv_heads * group;
 
   for (u32 i = threadIdx.x; i < QUERIES * width; i += blockDim.x) {
@@ -48,6 +50,7 @@ KERNEL(128, 1) attend(const u32* live, const void* q, u32 q_type, const void* k,
       store4(values, F32, t * width + d, load4(v, cache, at));
     }
     __syncthreads();
+    if (warp * OWN >= count) continue;
     float scores[OWN] = {};
     for (u32 d = 0; d < width; d += 4) {
       Four key = load4(keys, F32, lane * pitch + d);
@@ -92,12 +95,12 @@ KERNEL(128, 1) attend(const u32* live, const void* q, u32 q_type, const void* k,
     u32 query = warp * OWN + i;
     if (query >= count) break;
     size_t row = tile.first + query / group;
-    float* to = parts + ((row * q_heads + head * group + query % group) * splits + blockIdx.z) * (dim + 2);
+    float* to = parts + ((row * q_heads + head * group + query % group) * splits + blockIdx.z) * (dim + PART_TAIL);
 #pragma unroll
     for (u32 j = 0; j < MOST_DIM / 32; j++) {
       if (lane + 32 * j < dim) to[lane + 32 * j] = sums[i][j];
     }
-    if (lane == 0) to[dim] = largest[i], to[dim + 1] = norm[i];
+    if (lane == 0) to[dim] = largest[i], to[dim + 1] = norm[i], to[dim + 2] = __uint_as_float(part.count);
   }
 }
 ENTRY(attend)

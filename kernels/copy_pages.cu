@@ -3,6 +3,7 @@
 // A page is `vectors` of 16 bytes. grid (vectors / 256): a thread copies its vector of every pair.
 
 KERNEL(256, 1) copy_pages(uint4* cache, const u32* pairs, u32 vectors, u32 count) {
+  dependency_wait();
   u32 i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= vectors) return;
   for (u32 pair = 0; pair < count; pair++) {

@@ -4,6 +4,7 @@
 
 KERNEL(256, 1) embed(const u32* live, const u32* ids, const u32* sampled, const void* table, u32 dtype, float* out,
                      u32 cols) {
+  dependency_wait();
   u32 row = blockIdx.x, stride = padded(cols);
   if (row >= live[0]) return;
   u32 id = ids[row];

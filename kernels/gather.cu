@@ -2,6 +2,7 @@
 // grid (w), a block a row.
 
 KERNEL(256, 1) gather(const u32* live, const u32* wanted, const float* x, float* out, u32 cols) {
+  dependency_wait();
   u32 row = blockIdx.x, stride = padded(cols);
   if (row >= live[1]) return;
   size_t from = (size_t)wanted[row] * stride;

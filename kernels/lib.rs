@@ -39,7 +39,7 @@ macro_rules! kernel {
 pub const KERNELS: &[Kernel] = &[
     kernel!("abs_max", "reduce"; TARGETS),
     kernel!("attend", "math", "reduce", "paging"; TARGETS),
-    kernel!("attend_merge", "math", "reduce", "act"; TARGETS),
+    kernel!("attend_merge", "math", "reduce", "paging", "act"; TARGETS),
     kernel!("copy_pages"; TARGETS),
     kernel!("embed"; TARGETS),
     kernel!("gather"; TARGETS),
@@ -51,6 +51,7 @@ pub const KERNELS: &[Kernel] = &[
     kernel!("rope_append", "paging"; TARGETS),
     kernel!("sample", "math", "reduce", "philox"; TARGETS),
     kernel!("sm80_attend", "math", "paging"; TARGETS),
+    kernel!("sm80_gemv", "epilogue"; TARGETS),
     kernel!("sm80_linear", "epilogue", "linear_mma"; TARGETS),
     kernel!("sm80_peak", "peak_mma"; TARGETS),
     kernel!("sm89_linear_e4m3", "epilogue", "linear_mma"; &["sm_89", "sm_90a"]),

@@ -19,6 +19,7 @@ DEVICE void stage(float (*tile)[TILE + 4], const void* from, u32 dtype, u32 firs
 KERNEL(256, 1) linear(const u32* live, u32 axis, const void* x, u32 x_type, const void* w, u32 w_type, u32 n, u32 k,
                       void* out, u32 out_type, u32 stride, u32 first, u32 add, float x_scale, const float* x_scales,
                       const float* w_scales) {
+  dependency_wait();
   SHARED(float, staged, 2 * STEP * (TILE + 4));
   float(*xs)[TILE + 4] = (float(*)[TILE + 4])staged;
   float(*ws)[TILE + 4] = xs + STEP;

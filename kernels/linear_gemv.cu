@@ -1,4 +1,4 @@
-// linear_gemv: as linear, for few rows: weights stream through registers once, 16 bytes a load and DEEP loads a lane in
+// linear_gemv: as linear, for few rows of operands that sm80_gemv does not take: weights stream through registers once, 16 bytes a load and DEEP loads a lane in
 // flight. Reference: reference::linear
 // A warp has a channel and ROWS rows, a block 8 channels. grid (n / 8, m / ROWS). `k` is padded.
 
@@ -68,6 +68,7 @@ DEVICE void gemv(u32 m, const void* x, const void* w, u32 n, u32 k, const Epilog
 #define GEMV(name, X, W, ROWS) \
   KERNEL(256, 2) name(const u32* live, u32 axis, const void* x, const void* w, u32 n, u32 k, void* out, u32 out_type, \
                       u32 stride, u32 first, u32 add, float x_scale, const float* x_scales, const float* w_scales) { \
+    dependency_wait(); \
     gemv<X, W, ROWS>(live[axis], x, w, n, k, {out, out_type, stride, first, add, x_scale, x_scales, w_scales}); \
   } \
   ENTRY(name)
@@ -81,8 +82,6 @@ GEMVS(f32, F32, f32, F32)
 GEMVS(f32, F32, bf16, BF16)
 GEMVS(f32, F32, e4m3, E4M3)
 GEMVS(bf16, BF16, f32, F32)
-GEMVS(bf16, BF16, bf16, BF16)
 GEMVS(bf16, BF16, e4m3, E4M3)
 GEMVS(e4m3, E4M3, f32, F32)
 GEMVS(e4m3, E4M3, bf16, BF16)
-GEMVS(e4m3, E4M3, e4m3, E4M3)

@@ -95,6 +95,7 @@ DEVICE void linear_mma(u32 m, const u8* x, const u8* w, u32 n, u32 row_bytes, co
   KERNEL(BM / WM * (BN / WN) * 32, 1) name(const u32* live, u32 axis, const u8* x, const u8* w, u32 n, u32 row_bytes, \
                                           void* out, u32 out_type, u32 stride, u32 first, u32 add, float x_scale, \
                                           const float* x_scales, const float* w_scales) { \
+    dependency_wait(); \
     linear_mma<Product, BM, BN, WM, WN>(live[axis], x, w, n, row_bytes, \
                                         {out, out_type, stride, first, add, x_scale, x_scales, w_scales}); \
   } \

@@ -8,24 +8,21 @@ struct Four { float x[4]; };
 DEVICE float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// A code is the upper byte of an f16, one exponent bit shorter and 2^8 too small; NaN would be 480 (OCP "FN": no infinity,
-// NaN is 0x7f and 0xff, largest 448).
-DEVICE Four e4m3_decode(u32 codes) {
-  Four y;
-#ifdef HAS_E4M3
-  u32 low = e4m3x2_to_f16x2(codes & 0xffffu), high = e4m3x2_to_f16x2(codes >> 16);
-  y.x[0] = f16_low(low), y.x[1] = f16_high(low), y.x[2] = f16_low(high), y.x[3] = f16_high(high);
-#else
-  u32 spread = codes << 8;
-  u32 even = (spread & 0x80008000u) | ((spread & 0x7f007f00u) >> 1);
-  u32 odd = (codes & 0x80008000u) | ((codes & 0x7f007f00u) >> 1);
-  y.x[0] = f16_low(even), y.x[1] = f16_low(odd), y.x[2] = f16_high(even), y.x[3] = f16_high(odd);
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    y.x[i] = (codes >> 8 * i & 0x7f) == 0x7f ? __uint_as_float(0x7fc00000u) : y.x[i] * 256.0f;
-  }
-#endif
+#ifndef HAS_E4M3
+// Two codes as f16, exact. A code is the upper byte of an f16, one exponent bit shorter and 2^8 too small; NaN would be 480
+// (OCP "FN": no infinity, NaN is 0x7f and 0xff, largest 448).
+DEVICE u32 e4m3x2_to_f16x2(u32 pair) {
+  u32 spread = (pair & 0xffu) << 8 | (pair & 0xff00u) << 16;
+  u32 y = f16x2_multiply((spread & 0x80008000u) | ((spread & 0x7f007f00u) >> 1), 0x5c005c00u);
+  if ((pair & 0x7fu) == 0x7fu) y |= 0x7e00u;
+  if ((pair & 0x7f00u) == 0x7f00u) y |= 0x7e000000u;
   return y;
+}
+#endif
+
+DEVICE Four e4m3_decode(u32 codes) {
+  u32 low = e4m3x2_to_f16x2(codes & 0xffffu), high = e4m3x2_to_f16x2(codes >> 16);
+  return {{f16_low(low), f16_high(low), f16_low(high), f16_high(high)}};
 }
 
 #ifndef HAS_E4M3

@@ -4,6 +4,7 @@
 
 #define PEAK_MMA(name, PRODUCT) \
   KERNEL(256, 2) name(u32 rounds, u32* out) { \
+    dependency_wait(); \
     u32 a[4], b[2]; \
     for (u32 i = 0; i < 4; i++) a[i] = 0x38383838u + threadIdx.x % 8; \
     for (u32 i = 0; i < 2; i++) b[i] = 0x38383838u + threadIdx.x % 8; \

@@ -2,6 +2,7 @@
 // grid (any): neighbouring threads read side by side, four vectors at a time.
 
 KERNEL(256, 4) peak_read(const uint4* x, u32 count, u32* out) {
+  dependency_wait();
   u32 step = gridDim.x * 256, all = 0;
   for (u32 i = blockIdx.x * 256 + threadIdx.x; i < count; i += 4 * step) {
     uint4 v[4] = {};

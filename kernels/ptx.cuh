@@ -24,6 +24,16 @@ typedef unsigned long long u64;
 struct __align__(64) TensorMap { u8 opaque[128]; };
 #define TENSOR_MAP(name) const __grid_constant__ TensorMap name
 
+// Every thread of every kernel calls it, before it reads what another kernel writes, writes anything, or returns: from here
+// on all that the kernel before has written is there. Kernels start while the one before still runs, and the next may
+// start from here on: it waits in its turn. (Programmatic dependent launch; elsewhere a kernel starts when the one before is done.)
+DEVICE void dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The address of shared memory as instructions take it.
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -63,6 +73,13 @@ DEVICE float f16_high(u32 halves) {
   return x;
 }
 
+// Products of f16 pairs, exact where f16 holds them.
+DEVICE u32 f16x2_multiply(u32 a, u32 b) {
+  u32 product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // Products of bf16 pairs, exact.
 DEVICE u32 bf16x2_multiply(u32 a, u32 b) {
   u32 product;
@@ -100,6 +117,14 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], u32 row) {
 // d[16, 8] += a[16, 16] . b[8, 16]^T of a warp.
 DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same of f16.
+DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

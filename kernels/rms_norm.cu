@@ -5,6 +5,7 @@ KERNEL(256, 1) rms_norm(const u32* live, u32 axis, void* out, float* scale, floa
                         const float* x, const float* gamma, float eps) {
   SHARED(float, scratch, 32);
   SHARED(double, sums, 32);
+  dependency_wait();
   u32 row = blockIdx.x;
   if (row >= live[axis]) return;
   size_t first = (size_t)row * padded(cols);

@@ -5,6 +5,7 @@
 KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, const float* rope, const u32* seq,
                            const u32* position, const u32* page_table, u32 pages, void* q, void* k, void* v, u32 cache,
                            u32 q_heads, u32 kv_heads, u32 dim, u32 page_tokens, float k_inv, float v_inv) {
+  dependency_wait();
   u32 row = blockIdx.x;
   if (row >= live[0]) return;
   u32 at = position[row], half = dim / 2, groups = (dim + 3) / 4;

@@ -26,6 +26,7 @@ template <int DIM>
 DEVICE void attend_mma(const u32* live, const u16* q, const void* k, const void* v, u32 cache, const u32* page_table,
                        u32 pages, const uint4* spans, float* parts, u32 group, u32 kv_heads, u32 page_tokens,
                        float scale) {
+  dependency_wait();
   LAUNCH_SHARED(shared);
   const u32 PITCH = 2 * DIM + 16, VECTORS = DIM / 8;
   u8 *queries = shared, *keys = queries + QUERIES * PITCH, *values = keys + CHUNK * PITCH;
@@ -33,8 +34,9 @@ DEVICE void attend_mma(const u32* live, const u16* q, const void* k, const void*
   Tile tile = find_tile(live, spans, blockIdx.x, tile_rows);
   if (tile.rows == 0) return;
   u32 context = tile.position + tile.rows;
-  u32 part = ((context + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
-  u32 begin = blockIdx.z * part, end = min(begin + part, context);
+  Part part = find_part(context, splits, CHUNK, blockIdx.z);
+  u32 begin = part.begin, end = part.end;
+  if (begin == end) return;
   u32 count = tile.rows * group, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   for (u32 i = threadIdx.x; i < QUERIES * VECTORS; i += blockDim.x) {
@@ -61,6 +63,7 @@ DEVICE void attend_mma(const u32* live, const u16* q, const void* k, const void*
       *(uint4*)(values + t * PITCH + 2 * d) = eight(v, cache, at);
     }
     __syncthreads();
+    if (warp * 16 >= count) continue;
     float scores[CHUNK / 8][4] = {};
 #pragma unroll
     for (u32 d = 0; d < DIM; d += 16) {
@@ -125,10 +128,10 @@ DEVICE void attend_mma(const u32* live, const u16* q, const void* k, const void*
     all += __shfl_xor_sync(0xffffffffu, all, 2);
     if (query < count) {
       size_t row = tile.first + query / group;
-      float* to = parts + ((row * q_heads + head * group + query % group) * splits + blockIdx.z) * (DIM + 2);
+      float* to = parts + ((row * q_heads + head * group + query % group) * splits + blockIdx.z) * (DIM + PART_TAIL);
 #pragma unroll
       for (u32 i = 0; i < DIM / 4; i++) to[i / 2 * 8 + lane % 4 * 2 + i % 2] = sums[i / 2][2 * half + i % 2];
-      if (lane % 4 == 0) to[DIM] = largest[half], to[DIM + 1] = all;
+      if (lane % 4 == 0) to[DIM] = largest[half], to[DIM + 1] = all, to[DIM + 2] = __uint_as_float(part.count);
     }
   }
 }

@@ -65,6 +65,7 @@ DEVICE void wgmma_linear(u32 m, const TensorMap& x, const TensorMap& w, u32 n, u
   KERNEL(ROWS * 2 + 128, 1) name(const u32* live, u32 axis, TENSOR_MAP(x), TENSOR_MAP(w), u32 n, u32 k, void* out, \
                                 u32 out_type, u32 stride, u32 first, u32 add, float x_scale, const float* x_scales, \
                                 const float* w_scales) { \
+    dependency_wait(); \
     wgmma_linear<ROWS>(live[axis], x, w, n, k, {out, out_type, stride, first, add, x_scale, x_scales, w_scales}); \
   } \
   ENTRY(name)

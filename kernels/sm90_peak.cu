@@ -2,6 +2,7 @@
 // of 64 x 128 x 32. A block is one warpgroup; it asks for 24 KiB of shared memory. grid (any); out as in peak_mma.cuh.
 
 KERNEL(128, 2) sm90_peak(u32 rounds, u32* out) {
+  dependency_wait();
   LAUNCH_SHARED(shared);
   u32* codes = (u32*)shared;
   for (u32 i = threadIdx.x; i < (64 + 128) * 128 / 4; i += 128) codes[i] = 0x38383838u;

@@ -4,6 +4,7 @@
 KERNEL(256, 1) swiglu(const u32* live, u32 axis, void* out, float* scale, float inv, u32 dtype, u32 cols,
                       const void* gate_up, u32 in) {
   SHARED(float, scratch, 32);
+  dependency_wait();
   u32 row = blockIdx.x;
   if (row >= live[axis]) return;
   size_t first = (size_t)row * padded(2 * cols);

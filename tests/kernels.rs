@@ -84,6 +84,8 @@ fn kernels_are_right_under_every_schedule() {
         (Variant::Sm80, "rms_norm::fp8_per_token_m17_d2048"),
         (Variant::Sm80, "linear::f32_x_f32_m17_n49_k256"),
         (Variant::Sm80, "linear::fp8_static_x_fp8_m17_n49_k256"),
+        (Variant::Sm80, "sample::everything_w17"),
+        (Variant::Sm80, "attend::decode_m3_ctx129_gqa4"),
         (Variant::Sm89, "linear::fp8_per_token_m130_n33_k256"),
         (Variant::Sm90, "linear::fp8_static_m17_n48_k2048"),
         (Variant::Sm90, "linear::fp8_per_token_m130_n33_k256"),
@@ -161,5 +163,20 @@ fn planted_races_are_caught() {
         });
         let (schedule, why) = caught.unwrap_or_else(|| panic!("{name} without {from:?} passes every schedule"));
         println!("{name} without {from:?}: schedule {schedule}: {why}");
+    }
+}
+
+#[test]
+fn a_kernel_that_does_not_wait_for_the_one_before_is_caught() {
+    let case = case("quantize::fp8_per_token_m17_k2048");
+    let source = KERNELS.iter().find(|kernel| kernel.name == "quantize").unwrap().source;
+    for (to, is_caught) in [("dependency_wait();", false), ("if (blockIdx.x > 0) dependency_wait();", true), ("", true)]
+    {
+        let (ptx, own) = source.split_once("#line 1 \"quantize.cu\"").unwrap();
+        assert!(own.contains("dependency_wait();"), "quantize does not wait any more");
+        let changed = format!("{ptx}{}", own.replacen("dependency_wait();", to, 1));
+        let why = fault(&case, Cuda::emulated_with(&[("quantize", changed)], Variant::Sm80, 0));
+        let said = why.as_ref().is_some_and(|why| why.contains("ends without a dependency_wait"));
+        assert_eq!((said, why.is_some()), (is_caught, is_caught), "{to:?}: {why:?}");
     }
 }

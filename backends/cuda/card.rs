@@ -7,7 +7,7 @@ use quaver_core::{Error, Result};
 
 use super::compiler::Compiler;
 use super::device::{BOX_WIDTH, Device, Launch, Matrix};
-use super::sys::{self, Function, Graph, Module, Properties, Readback};
+use super::sys::{self, Blocks, Function, Graph, Module, Properties, Readback};
 use super::tuning::{MOST_SPLITS, Tuning, Variant};
 
 /// What the backend is called.
@@ -18,6 +18,8 @@ const NO_CARD: &str = "the NVIDIA driver finds no card; see what nvidia-smi says
 
 /// The oldest CUDA whose drivers have all that is called: tensor maps came with 12.0.
 const OLDEST_DRIVER: i32 = 12000;
+/// The oldest CUDA whose drivers capture launches that start early ("Programmatic Dependent Launch", "Use in CUDA graphs").
+const EARLY_DRIVER: i32 = 12030;
 /// The oldest compute capability that kernels are written for.
 const OLDEST_CARD: (u32, u32) = (8, 0);
 
@@ -81,9 +83,12 @@ pub struct Card {
     info: DeviceInfo,
     card: sys::Card,
     compiler: Compiler,
-    modules: HashMap<&'static str, Module>,
+    /// Files, and whether their kernels wait for the one before (`dependency_wait`): code of sm_90a does, PTX does not.
+    modules: HashMap<&'static str, (Module, bool)>,
     /// Entry points, and the most shared memory that each may be launched with.
     functions: HashMap<String, (Function, u32)>,
+    /// True where a kernel that waits may start before the one ahead of it is done.
+    starts_early: bool,
     graphs: Vec<Graph>,
     /// Memory for copies to the host: of those under way, and the rest.
     fetched: HashMap<u64, Readback>,
@@ -116,6 +121,7 @@ impl Card {
             compiler,
             modules: HashMap::new(),
             functions: HashMap::new(),
+            starts_early: properties.capability == (9, 0) && driver >= EARLY_DRIVER,
             graphs: Vec::new(),
             fetched: HashMap::new(),
             readbacks: Vec::new(),
@@ -143,9 +149,9 @@ impl Card {
                 let path = built.path.display();
                 self.error(format!("{} cannot be loaded ({why}); delete {path} to have it compiled anew", launch.file))
             })?;
-            self.modules.insert(launch.file, module);
+            self.modules.insert(launch.file, (module, built.image.starts_with(b"\x7fELF")));
         }
-        let function = self.card.function(&self.modules[launch.file], &launch.entry, launch.shared);
+        let function = self.card.function(&self.modules[launch.file].0, &launch.entry, launch.shared);
         let function = function.map_err(|why| self.error(format!("{}: {why}", launch.entry)))?;
         self.functions.insert(launch.entry.clone(), (function, launch.shared));
         Ok(function)
@@ -212,9 +218,12 @@ impl Device for Card {
     fn prepare(&mut self, launches: Vec<Launch>) -> Result<usize> {
         let functions = launches.iter().map(|launch| self.function(launch)).collect::<Result<Vec<_>>>()?;
         let graph = self.card.capture(|capture| {
-            launches.iter().zip(functions).try_for_each(|(launch, function)| {
+            launches.iter().zip(functions).enumerate().try_for_each(|(i, (launch, function))| {
                 let args: Vec<_> = launch.args.iter().map(|arg| arg.words()).collect();
-                let launched = capture.launch(function, launch.grid, launch.threads, launch.shared, &args);
+                let &Launch { grid, threads, shared, .. } = launch;
+                // Nothing is ahead of the first.
+                let is_early = self.starts_early && i > 0 && self.modules[launch.file].1;
+                let launched = capture.launch(function, Blocks { grid, threads, shared }, is_early, &args);
                 launched.map_err(|why| format!("{}: {why}", launch.entry))
             })
         });

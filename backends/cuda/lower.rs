@@ -13,6 +13,8 @@ const CHUNK: u32 = 32;
 const MOST_DIM: usize = 256;
 /// The same of a tile on tensor cores (`sm80_attend.cu`).
 const MMA_QUERIES: u32 = 64;
+/// What a part of a context leaves behind its sums (`paging.cuh`).
+const PART_TAIL: usize = 4;
 
 /// Blocks along the second and third dimension of a grid (CUDA C++ Programming Guide, "Technical Specifications").
 const MOST_BLOCKS: u32 = 65535;
@@ -170,6 +172,8 @@ impl Lower<'_> {
         let operands = Operands { x, w, m, n: weight.desc.rows.capacity() as u32, k, epilogue };
         let dtypes = [x, w].map(|buf| self.layouts.desc(buf).dtype);
         match (dtypes, self.tuning.variant) {
+            ([DType::E4m3, DType::E4m3], _) if m <= GEMV_ROWS => self.gemv_mma("sm80_gemv_e4m3", operands),
+            ([DType::Bf16, DType::Bf16], _) if m <= GEMV_ROWS => self.gemv_mma("sm80_gemv_bf16", operands),
             _ if m <= GEMV_ROWS => self.gemv(operands),
             ([DType::E4m3, DType::E4m3], Variant::Sm90) => self.wgmma(operands),
             ([DType::E4m3, DType::E4m3], Variant::Sm89) => self.mma("sm89_linear_e4m3", "sm89_linear_e4m3", operands),
@@ -199,7 +203,15 @@ impl Lower<'_> {
         Kernel { entry: format!("sm90_linear_e4m3_{tile}"), shared: 4 * 128 * (tile + 128), ..kernel }
     }
 
-    /// A warp a channel, for few rows.
+    /// Few rows of operands of one type, on tensor cores (`sm80_gemv.cu`).
+    fn gemv_mma(&self, entry: &str, Operands { x, w, n, epilogue, .. }: Operands) -> Kernel {
+        let row_bytes = Arg::U32(self.layout(w).stride as u32);
+        let args = [Arg::Buf(self.program.live), self.axis(x), Arg::Buf(x), Arg::Buf(w), Arg::U32(n), row_bytes];
+        let kernel = Kernel::new("sm80_gemv", [n.div_ceil(16), 1, 1], 256, [&args[..], &epilogue].concat());
+        Kernel { entry: entry.into(), ..kernel }
+    }
+
+    /// A warp a channel, for few rows of other types.
     fn gemv(&self, Operands { x, w, m, n, k, epilogue }: Operands) -> Kernel {
         let name = |buf: Buf| match self.layouts.desc(buf).dtype {
             DType::Bf16 => "bf16",
@@ -268,7 +280,7 @@ impl Lower<'_> {
         let tiles = (m + spans * (tile - 1)) / tile;
         let context = self.cols(rows.page_table) * kv.page_tokens as u32;
         let splits = self.tuning.splits(tiles * kv_heads as u32, context);
-        let parts = Arg::Scratch(4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64);
+        let parts = Arg::Scratch(4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + PART_TAIL)) as u64);
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
         let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
         let args = vec![
@@ -297,7 +309,8 @@ impl Lower<'_> {
             Kernel { shared, ..Kernel::new("attend", grid, 128, args) }
         };
         let merge = [parts, Arg::U32(dim as u32), Arg::U32(splits), Arg::F32(v_scale)];
-        Ok(vec![attend, self.rows_kernel("attend_merge", q, out, &merge)])
+        let shared = 4 * q_heads as u32 * (splits + 1);
+        Ok(vec![attend, Kernel { shared, ..self.rows_kernel("attend_merge", q, out, &merge) }])
     }
 }
 
@@ -336,8 +349,9 @@ mod tests {
     fn linears_take_the_tensor_cores_of_each_variant() {
         use DType::{Bf16, E4m3, F32};
         for (variant, m, x, w, entry) in [
-            (Variant::Sm90, 1, E4m3, E4m3, "linear_gemv_e4m3_e4m3_1"),
-            (Variant::Sm90, 5, Bf16, Bf16, "linear_gemv_bf16_bf16_8"),
+            (Variant::Sm90, 1, E4m3, E4m3, "sm80_gemv_e4m3"),
+            (Variant::Sm90, 5, Bf16, Bf16, "sm80_gemv_bf16"),
+            (Variant::Sm90, 5, Bf16, E4m3, "linear_gemv_bf16_e4m3_8"),
             (Variant::Sm90, 64, E4m3, E4m3, "sm90_linear_e4m3_64"),
             (Variant::Sm90, 512, E4m3, E4m3, "sm90_linear_e4m3_128"),
             (Variant::Sm90, 64, Bf16, Bf16, "sm80_linear_bf16_64"),

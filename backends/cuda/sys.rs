@@ -318,20 +318,43 @@ pub struct Module(cu::CUmodule);
 // SAFETY: as for `Card`, without which nothing can be had from it.
 unsafe impl Send for Module {}
 
+/// How many blocks a launch has, along each dimension, of how many threads and bytes of shared memory.
+#[derive(Clone, Copy)]
+pub struct Blocks {
+    pub grid: [u32; 3],
+    pub threads: u32,
+    pub shared: u32,
+}
+
 /// A capture under way.
 pub struct Capture<'a>(&'a Card);
 
 impl Capture<'_> {
-    /// Adds a launch. Each argument is the words that its value begins with.
-    pub fn launch(&self, function: Function, grid: [u32; 3], threads: u32, shared: u32, args: &[&[u64]]) -> Result<()> {
+    /// Adds a launch; one that `is_early` may start before the kernel ahead of it is done, and waits for it by itself. Each
+    /// argument is the words that its value begins with.
+    pub fn launch(&self, function: Function, blocks: Blocks, is_early: bool, args: &[&[u64]]) -> Result<()> {
         let mut args: Vec<*mut c_void> = args.iter().map(|words| words.as_ptr().cast_mut().cast()).collect();
-        let [x, y, z] = grid;
+        let Blocks { grid: [x, y, z], threads, shared } = blocks;
+        let mut early = cu::CUlaunchAttribute {
+            id: cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: cu::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = cu::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: self.0.stream,
+            attrs: &mut early,
+            numAttrs: c_uint::from(is_early),
+        };
         // SAFETY: the arguments are those that the entry point takes, in number and size: the emulator refuses others.
-        // The driver copies them before it returns.
-        unsafe {
-            driver::launch_kernel(function.0, (x, y, z), (threads as c_uint, 1, 1), shared, self.0.stream, &mut args)
-        }
-        .map_err(say)
+        // The driver copies them, and what the config points to, before it returns.
+        unsafe { cu::cuLaunchKernelEx(&config, function.0, args.as_mut_ptr(), ptr::null_mut()) }.result().map_err(say)
     }
 }
 

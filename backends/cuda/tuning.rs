@@ -64,9 +64,9 @@ pub const MOST_SPLITS: u32 = 64;
 pub const GEMV_ROWS: u32 = 8;
 
 impl Tuning {
-    /// Parts that each row's context of at most `context` positions is split into, where there are so many blocks
-    /// without: enough for two blocks a multiprocessor, and no part shorter than 256 positions.
+    /// Parts that each row's context of at most `context` positions is split into at most, where there are so many blocks
+    /// without: enough for two blocks a multiprocessor. A kernel takes fewer where the context in use is short (`paging.cuh`).
     pub fn splits(&self, blocks: u32, context: u32) -> u32 {
-        (2 * self.processors / blocks.max(1)).min(context.div_ceil(256)).clamp(1, self.most_splits)
+        (2 * self.processors / blocks.max(1)).min(context.div_ceil(64)).clamp(1, self.most_splits)
     }
 }

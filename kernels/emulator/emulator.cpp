@@ -54,7 +54,7 @@ struct Thread {
   u32 exchanges;
   Groups<Copy> copies;
   Groups<Product> products;
-  bool is_made;
+  bool is_made, has_waited;
 };
 
 struct Warp {
@@ -140,6 +140,7 @@ void fiber() {
     Thread& own = *running;
     if (!own.copies.open.empty()) fail("thread %u ends with copies that it did not commit", own.id);
     if (!own.products.committed.empty()) fail("thread %u ends without waiting for its products", own.id);
+    if (!own.has_waited) fail("thread %u ends without a dependency_wait", own.id);
     Warp& warp = warps[own.id / 32];
     if (warp.waiting > 0) fail("thread %u ends while its warp waits for it", own.id);
     live--, warp.live--;
@@ -225,7 +226,7 @@ void run_block() {
     Thread& thread = threads[i];
     if (!thread.is_made) make_fiber(thread);
     thread.index = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
-    thread.id = i, thread.state = READY, thread.exchanges = 0;
+    thread.id = i, thread.state = READY, thread.exchanges = 0, thread.has_waited = false;
   }
   for (int last = -1; live > 0;) {
     if (!boxes.empty() && (!is_lazy || chance() % 8 == 0)) bring_some();
@@ -256,7 +257,7 @@ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
 // 14 bits "of each mantissa product after sign-fill right shifting" (DeepSeek-V3 Technical Report, 3.5.2; 3.3.2 for what it
 // costs), and Ada's are taken for no better. Of bf16 ones they keep at least one more than f32 has (Fasi, Higham, Mikaitis,
 // Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021).
-const int E4M3_BITS = 13, BF16_BITS = 24;
+const int E4M3_BITS = 13, PAIRS_BITS = 24;
 
 int exponent_of(double x) {
   u64 bits;
@@ -335,6 +336,8 @@ void fail(const char* format, ...) {
   fflush(stderr);
   _exit(3);
 }
+
+void dependency_wait() { running->has_waited = true; }
 
 void block_barrier() {
   block_waiting++;
@@ -431,13 +434,16 @@ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Format format) {
         if (format == BF16_PAIRS) {
           addends[count++] = (double)bf16_value(x & 0xffff) * bf16_value(w & 0xffff);
           addends[count++] = (double)bf16_value(x >> 16) * bf16_value(w >> 16);
+        } else if (format == F16_PAIRS) {
+          addends[count++] = (double)f16_value(x & 0xffff) * f16_value(w & 0xffff);
+          addends[count++] = (double)f16_value(x >> 16) * f16_value(w >> 16);
         } else {
           for (u32 j = 0; j < 32; j += 8) addends[count++] = (double)e4m3_value(x >> j & 0xff) * e4m3_value(w >> j & 0xff);
         }
       }
     }
     addends[count++] = d[i];
-    d[i] = tensor_sum(addends, count, format == BF16_PAIRS ? BF16_BITS : E4M3_BITS);
+    d[i] = tensor_sum(addends, count, format == E4M3_CODES ? E4M3_BITS : PAIRS_BITS);
   }
 }
 

@@ -30,6 +30,8 @@ extern Index thread_index, block_index, block_size, grid_size;
 
 [[noreturn]] void fail(const char* format, ...);
 
+// A thread that ends without having called it is an error.
+void dependency_wait();
 // Waiting for the threads of the block, of the warp.
 void block_barrier();
 void warp_barrier();
@@ -48,7 +50,7 @@ void wait_copies(int most);
 
 // The rows that the lanes of the warp name.
 void load_matrices(u32 (&r)[4], u32 row, bool is_transposed);
-enum Format { BF16_PAIRS, E4M3_CODES };
+enum Format { BF16_PAIRS, F16_PAIRS, E4M3_CODES };
 void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Format format);
 
 // A tensor map: rows of bytes in memory, and the box that one copy brings, swizzled by 128 bytes.
@@ -122,9 +124,17 @@ template <class T> DEVICE T __shfl_sync(u32, T x, u32 lane) {
   return x;
 }
 template <class T> DEVICE T __shfl_xor_sync(u32 mask, T x, u32 by) { return __shfl_sync(mask, x, (threadIdx.x % 32) ^ by); }
+DEVICE u32 __ballot_sync(u32 mask, bool is_set) {
+  u32 bits = (u32)is_set << threadIdx.x % 32;
+  for (u32 by = 1; by < 32; by *= 2) bits |= __shfl_xor_sync(mask, bits, by);
+  return bits;
+}
+DEVICE int __ffs(u32 bits) { return __builtin_ffs((int)bits); }
 // One fiber runs at a time.
 DEVICE u32 atomicMax(u32* to, u32 x) { u32 old = *to; *to = max(old, x); return old; }
+DEVICE u32 atomicAdd(u32* to, u32 x) { u32 old = *to; *to = old + x; return old; }
 
+DEVICE void dependency_wait() { emulator::dependency_wait(); }
 DEVICE u32 shared_address(const void* p) { return emulator::address_of(p); }
 DEVICE u32 bf16x2_encode(float low, float high) { return emulator::bf16_code(low) | emulator::bf16_code(high) << 16; }
 DEVICE u32 e4m3x2_encode(float low, float high) { return emulator::e4m3_code(low) | emulator::e4m3_code(high) << 8; }
@@ -152,6 +162,7 @@ template <int N> DEVICE void copy_wait() { emulator::wait_copies(N); }
 DEVICE void load_matrices(u32 (&r)[4], u32 row) { emulator::load_matrices(r, row, false); }
 DEVICE void load_matrices_transposed(u32 (&r)[4], u32 row) { emulator::load_matrices(r, row, true); }
 DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { emulator::mma(d, a, b, emulator::BF16_PAIRS); }
+DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { emulator::mma(d, a, b, emulator::F16_PAIRS); }
 DEVICE void mma_e4m3(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { emulator::mma(d, a, b, emulator::E4M3_CODES); }
 
 DEVICE void barrier_init(u64* barrier, u32 count) { emulator::barrier_init(barrier, count); }
