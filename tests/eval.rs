@@ -105,6 +105,44 @@ fn a_run_that_was_broken_off_goes_on_where_it_was() {
 }
 
 #[test]
+fn results_of_a_model_that_has_changed_since_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, journal) = (folder.path().join("model"), folder.path().join("journal"));
+    fs::create_dir(&model).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(checkpoints::folder("tiny-llama").join(file), model.join(file)).unwrap();
+    }
+    let run = || {
+        let mut quant = Model::open(Files::dir(&model).unwrap(), &options(), 256).unwrap();
+        let windows = &windows()[..2];
+        let mut fresh = 0;
+        let got = eval::compare(&mut open("tiny-llama"), &mut quant, windows, Some(&*journal), |_| fresh += 1);
+        got.map(|got| (got, fresh)).map_err(|e| e.to_string())
+    };
+    let first = run().unwrap();
+    assert_eq!(run().unwrap(), first);
+    assert_eq!(fs::read_to_string(&journal).unwrap().lines().count(), 3);
+    // Another model of the same name and size.
+    let weights = fs::OpenOptions::new().write(true).open(model.join("model.safetensors")).unwrap();
+    weights.set_modified(std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1)).unwrap();
+    let why = "is of another model, text or arithmetic; give another file, or remove it to begin anew";
+    assert_eq!(run().unwrap_err(), format!("{}: {why}", journal.display()));
+}
+
+#[test]
+fn a_window_may_have_as_many_tokens_as_the_model_has_positions() {
+    let edit = |config: &mut serde_json::Value| config["max_position_embeddings"] = 256.into();
+    let files = checkpoints::open_with_config("tiny-llama", "tiny-llama-256-positions", edit).files().clone();
+    let mut model = Model::open(files, &options(), 256).unwrap();
+    let (whole, mut longer) = (&windows()[..2], windows()[..1].to_vec());
+    let want = eval::perplexity(&mut open("tiny-llama"), whole, None, |_| ()).unwrap();
+    assert_eq!(eval::perplexity(&mut model, whole, None, |_| ()).unwrap(), want);
+    longer[0].ids.push(13);
+    let error = eval::perplexity(&mut model, &longer, None, |_| ()).unwrap_err().to_string();
+    assert_eq!(error, "a window of 258 tokens: 257 fit, of which the last is only scored; give shorter ones");
+}
+
+#[test]
 fn tasks_score_what_lm_evaluation_harness_scores() {
     // lm_eval 0.4.13, `hf` in float32 with add_bos_token, on tiny-llama and these files.
     let harness = [

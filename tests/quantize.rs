@@ -5,12 +5,13 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZero;
 use std::path::Path;
 
 use half::bf16;
 use quaver::quantize::{self, Options, Progress};
 use quaver_backends::{Kind, Spec};
-use quaver_core::checkpoint::{Checkpoint, Files, TensorDType};
+use quaver_core::checkpoint::{Checkpoint, Files, Tensor, TensorDType};
 use quaver_core::quantize::{Recipe, Scheme};
 use sha2::{Digest, Sha256};
 use support::checkpoints::{self, fixtures};
@@ -113,6 +114,59 @@ fn calibrated_with(device: Spec) -> BTreeMap<i32, usize> {
     }
     assert_eq!(off.values().sum::<usize>(), scales.len());
     off
+}
+
+/// The samples that llm-compressor calibrated tiny-llama-fp8-kv with, in its order (tests/outside/kv_order.py). The texts
+/// are not a part of the repository: QUAVER_CALIBRATION is the file of their token ids.
+fn kv_samples() -> Vec<Vec<u32>> {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        input_ids: Vec<u32>,
+    }
+    let path = std::env::var("QUAVER_CALIBRATION").expect("QUAVER_CALIBRATION is the file of the calibration samples");
+    let text = fs::read_to_string(path).unwrap();
+    let samples: Vec<Line> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let order = fs::read(fixtures().join("kv-order.json")).unwrap();
+    let order: Vec<usize> = serde_json::from_slice(&order).unwrap();
+    assert_eq!(order.len(), samples.len());
+    order.into_iter().map(|i| samples[i].input_ids.clone()).collect()
+}
+
+/// The checkpoint that is made as tiny-llama-fp8-kv was, and how far its scales are from that one's in units of bf16's
+/// last place: how many of the inputs' and of the keys' and values' are so far.
+fn calibrated_as_the_kv_checkpoint(to: &Path, device: Spec) -> (Checkpoint, [BTreeMap<i32, usize>; 2]) {
+    let recipe = Recipe { kv_cache: true, ..recipe(Scheme::Fp8) };
+    let options = Options { device, batch: NonZero::new(16).unwrap(), ..Options::new(recipe) };
+    let got = quantize(to, &options, &kv_samples()).unwrap();
+    let bits = |tensor: &Tensor| i32::from(bf16::from_f32(tensor.to_f32().unwrap()[0]).to_bits());
+    let mut off = [BTreeMap::new(), BTreeMap::new()];
+    for want in checkpoints::open("tiny-llama-fp8-kv").tensors().filter(|tensor| is_calibrated(&tensor.name)) {
+        let ulps = (bits(got.tensor(&want.name).unwrap()) - bits(want)).abs();
+        *off[usize::from(!want.name.ends_with(".input_scale"))].entry(ulps).or_default() += 1;
+    }
+    (got, off)
+}
+
+#[test]
+#[ignore = "needs QUAVER_CALIBRATION, and minutes"]
+fn the_kv_checkpoint_is_made_bit_for_bit_with_hugging_faces_roundings() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Spec { variant: Some("hf-bf16".into()), ..Kind::Reference.into() };
+    let (got, off) = calibrated_as_the_kv_checkpoint(&folder.path().join("out"), device);
+    assert_eq!(off, [BTreeMap::from([(0, 42)]), BTreeMap::from([(0, 12)])]);
+    for (got, want) in got.tensors().zip(checkpoints::open("tiny-llama-fp8-kv").tensors()) {
+        assert!(got.name == want.name && got.data[..] == want.data[..], "{}", want.name);
+    }
+}
+
+#[test]
+#[ignore = "needs QUAVER_CALIBRATION, and minutes"]
+fn the_kv_checkpoints_scales_are_within_2_ulp_on_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, off) = calibrated_as_the_kv_checkpoint(&folder.path().join("out"), Kind::Cpu.into());
+    eprintln!("scales of inputs, and of keys and values, by units in the last place of bf16: {off:?}");
+    assert_eq!(off.each_ref().map(|off| off.values().sum::<usize>()), [42, 12]);
+    assert!(off.iter().flat_map(BTreeMap::keys).all(|ulps| *ulps <= 2), "{off:?}");
 }
 
 #[test]

@@ -22,6 +22,8 @@ const MAX_LINE: u64 = 64 << 20;
 pub enum Sample {
     /// Plain text.
     Text(String),
+    /// A file of plain text, which is as long as a book: many samples to calibrate with.
+    Book(String),
     /// A conversation, an OpenAI `messages` array, to be rendered whole by the chat template.
     Messages(Value),
     /// Token ids as they are.
@@ -51,7 +53,7 @@ pub fn read(path: &Path, most: usize) -> Result<Vec<Sample>> {
         return if text.is_empty() {
             Err(Error::text(name, "is empty; give a text"))
         } else {
-            Ok(vec![Sample::Text(text)])
+            Ok(vec![Sample::Book(text)])
         };
     }
     let mut samples = Vec::new();
@@ -108,7 +110,7 @@ impl Sample {
     pub fn encode(&self, encoder: &Encoder) -> Result<Vec<u32>> {
         let ids = match self {
             Sample::Ids(ids) => ids.clone(),
-            Sample::Text(text) => encoder.text(text)?,
+            Sample::Text(text) | Sample::Book(text) => encoder.text(text)?,
             Sample::Messages(messages) => encoder.messages(messages)?,
         };
         match ids.iter().find(|&&id| id as usize >= encoder.vocab) {
@@ -161,31 +163,76 @@ impl Encoder {
 }
 
 /// Puts samples in an order that a seed decides (Fisher and Yates).
-pub fn shuffle<T>(samples: &mut [T], seed: u64) {
+fn shuffle<T>(samples: &mut [T], seed: u64) {
     for i in (1..samples.len()).rev() {
         let [word, ..] = philox([i as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32]);
         samples.swap(i, ((u64::from(word) * (i as u64 + 1)) >> 32) as usize);
     }
 }
 
-/// Token ids of at most `most` samples of at most `length` tokens each: of several samples the beginning of each; of
-/// one text, which is as long as a book, one piece after another, each with the begin-of-text token in front.
-pub fn cut(samples: &[Sample], encoder: &Encoder, most: usize, length: usize) -> Result<Vec<Vec<u32>>> {
-    if let [Sample::Text(text)] = samples {
+/// Token ids of at most `most` samples of at most `length` tokens each: the first ones, or those that a seed draws. Of
+/// several samples they are the beginning of each; of a book, one piece after another, each with the begin-of-text token
+/// in front.
+pub fn cut(
+    samples: &[Sample],
+    encoder: &Encoder,
+    most: usize,
+    length: usize,
+    seed: Option<u64>,
+) -> Result<Vec<Vec<u32>>> {
+    fn draw<T>(mut samples: Vec<T>, most: usize, seed: Option<u64>) -> Vec<T> {
+        if let Some(seed) = seed {
+            shuffle(&mut samples, seed);
+        }
+        samples.truncate(most);
+        samples
+    }
+    if let [Sample::Book(text)] = samples {
         let ids = encoder.text(text)?;
         let (bos, text) = split_bos(&ids, encoder.bos);
-        let pieces = text.chunks(length - bos.len()).map(|piece| [bos, piece].concat());
-        return Ok(pieces.take(most).collect());
+        let pieces = draw(text.chunks(length - bos.len()).collect(), most, seed);
+        return Ok(pieces.into_iter().map(|piece| [bos, piece].concat()).collect());
     }
     let cut = |sample: &Sample| {
         let mut ids = sample.encode(encoder)?;
         ids.truncate(length);
         Ok(ids)
     };
-    samples.iter().take(most).map(cut).collect()
+    draw(samples.iter().collect(), most, seed).into_iter().map(cut).collect()
 }
 
 /// The begin-of-text token in front, where there is one, and the rest.
 pub fn split_bos(ids: &[u32], bos: Option<u32>) -> (&[u32], &[u32]) {
     ids.split_at(usize::from(bos.is_some() && ids.first().copied() == bos))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut_file(name: &str, text: &str, most: usize, seed: Option<u64>) -> Vec<Vec<u32>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let encoder = Encoder::open(&Checkpoint::open(crate::files(None, true).unwrap()).unwrap()).unwrap();
+        cut(&read(&path, usize::MAX).unwrap(), &encoder, most, 8, seed).unwrap()
+    }
+
+    #[test]
+    fn a_plain_text_is_many_samples_and_a_json_line_is_one() {
+        let text = "It was a cold morning in the old house. Nobody said a word.";
+        let pieces = cut_file("a.txt", text, 512, None);
+        assert!(pieces.len() > 1 && pieces.iter().all(|piece| piece[0] == 4080 && piece.len() <= 8), "{pieces:?}");
+        let line = serde_json::json!({"text": text}).to_string();
+        assert_eq!(cut_file("a.jsonl", &line, 512, None), pieces[..1]);
+    }
+
+    #[test]
+    fn a_seed_draws_pieces_of_a_plain_text_too() {
+        let text = "It was a cold morning in the old house. Nobody said a word. The fire was out. ".repeat(8);
+        let all = cut_file("a.txt", &text, 512, None);
+        let drawn = cut_file("a.txt", &text, 4, Some(1));
+        assert_eq!(drawn, cut_file("a.txt", &text, 4, Some(1)));
+        assert!(drawn != all[..4] && drawn.len() == 4 && drawn.iter().all(|piece| all.contains(piece)), "{drawn:?}");
+    }
 }

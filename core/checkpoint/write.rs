@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::mpsc;
 
@@ -175,20 +175,92 @@ fn header(parts: &[Part]) -> (Vec<u8>, HashMap<String, usize>) {
     ([&(json.len() as u64).to_le_bytes()[..], &json].concat(), offsets)
 }
 
-/// Fills a folder beside its place and renames it, so that it is there whole or not at all. It must not exist yet.
+/// Fills a folder beside its place and renames it, so that it is there whole or not at all, a power cut included. It must
+/// not exist yet. What earlier runs to the same place left behind when they were killed is removed.
 pub fn place(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if folder.exists() {
         let why = "is there already; give a folder that is not, or remove it";
         return Err(Error::text(folder.display().to_string(), why));
     }
-    let part = folder.with_extension(format!("part-{}", std::process::id()));
-    let placed = fs::create_dir_all(&part)
-        .map_err(|e| Error::io("write", &part, e))
-        .and_then(|()| fill(&part))
-        .and_then(|()| fs::rename(&part, folder).map_err(|e| Error::io("write", folder, e)));
+    remove_stale(folder);
+    let part = folder.with_added_extension(format!("part-{}", std::process::id()));
+    let fail = |e| Error::io("write", &part, e);
+    // The lock is what tells this run from one that was killed.
+    let placed = fs::create_dir_all(&part).map_err(fail).and_then(|()| {
+        let _lock = File::open(&part).inspect(|part| drop(part.try_lock()));
+        fill(&part)?;
+        sync_all(&part).map_err(fail)?;
+        fs::rename(&part, folder).and_then(|()| sync(parent(folder))).map_err(|e| Error::io("write", folder, e))
+    });
     if placed.is_err() {
         // What remains of a folder that could not be filled is of no use; its error is the one to report.
         let _ = fs::remove_dir_all(&part);
     }
     placed
+}
+
+/// Removes what killed runs left behind: folders that nobody holds the lock of. Where folders cannot be locked they stay.
+fn remove_stale(folder: &Path) {
+    let Some(name) = folder.file_name() else { return };
+    let prefix = format!("{}.part-", name.to_string_lossy());
+    for entry in fs::read_dir(parent(folder)).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(&prefix));
+        if pid.is_some_and(|pid| pid.bytes().all(|b| b.is_ascii_digit()))
+            && File::open(entry.path()).is_ok_and(|part| part.try_lock().is_ok())
+            && let Err(error) = fs::remove_dir_all(entry.path())
+        {
+            log::warn!("{}: is left from a run that was killed, and stays: {error}", entry.path().display());
+        }
+    }
+}
+
+/// The folder that holds a path.
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Has the disk hold a folder's files, and their names.
+fn sync_all(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        sync(&entry?.path())?;
+    }
+    sync(folder)
+}
+
+/// Has the disk hold a file, or a folder's names. Only Unix opens folders.
+fn sync(path: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_filled_beside_its_place_and_what_killed_runs_left_is_removed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path().join("Llama-3.2");
+        let stale = scratch.path().join("Llama-3.2.part-1");
+        let others = ["Llama-3.1.part-1", "Llama-3.part-1", "Llama-3.2.part-x", "Llama-3.2.part-2"];
+        for path in others.map(|name| scratch.path().join(name)).iter().chain([&stale]) {
+            fs::create_dir(path).unwrap();
+        }
+        fs::write(stale.join("model.safetensors"), "half").unwrap();
+        let running = File::open(scratch.path().join(others[3])).unwrap();
+        running.try_lock().unwrap();
+        place(&folder, |part| {
+            assert_eq!(part, scratch.path().join(format!("Llama-3.2.part-{}", std::process::id())));
+            assert!(!folder.exists() && !stale.exists());
+            // Another run to the same place leaves this one alone.
+            remove_stale(&folder);
+            fs::write(part.join("config.json"), "{}").map_err(|e| Error::io("write", part, e))
+        })
+        .unwrap();
+        assert_eq!(fs::read(folder.join("config.json")).unwrap(), b"{}");
+        let left = fs::read_dir(scratch.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut left: Vec<String> = left.collect();
+        left.sort();
+        assert_eq!(left, ["Llama-3.1.part-1", "Llama-3.2", "Llama-3.2.part-2", "Llama-3.2.part-x", "Llama-3.part-1"]);
+    }
 }

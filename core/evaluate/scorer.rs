@@ -54,7 +54,8 @@ struct Piece {
 }
 
 impl Scorer {
-    /// Loads a checkpoint for windows of at most `context` tokens.
+    /// Loads a checkpoint for windows that run at most `context` tokens: one fewer than they hold, since nothing follows
+    /// the last.
     pub fn new(
         checkpoint: &Checkpoint,
         mut backend: Box<dyn Backend>,
@@ -137,16 +138,18 @@ impl Scorer {
         let (mut batch, mut scored, mut page) = (Batch::default(), Vec::new(), 0);
         for Piece { window, slot, first, end } in step {
             let Window { ids, from } = &windows[*window];
-            if ids.len() > sizes.context {
-                return Err(Error::PromptTooLong { got: ids.len(), max: sizes.context });
+            let rows = rows(&windows[*window]);
+            if rows > sizes.context {
+                let why = format!("{} fit, of which the last is only scored; give shorter ones", sizes.context + 1);
+                return Err(Error::text(format!("a window of {} tokens", ids.len()), why));
             }
-            let pages: Vec<u32> = (page..page + ids.len().div_ceil(PAGE_TOKENS) as u32).collect();
+            let pages: Vec<u32> = (page..page + rows.div_ceil(PAGE_TOKENS) as u32).collect();
             page += pages.len() as u32;
             let row = *slot as usize * sizes.pages_a_sequence() * 4;
             self.backend.write(self.llama.inputs.rows.page_table, row, cast_slice(&pages))?;
             let row = batch.push(*slot, *first, &ids[*first..*end]);
             // The row before a token gives its logits.
-            let (next, end) = ((*from).max(first + 1), (end + 1).min(ids.len()));
+            let (next, end) = ((*from).max(first + 1), end + 1);
             for (position, target) in (next..end).zip(&ids[next.min(end)..end]) {
                 batch.want(row + position - 1 - first, RowParams::score(*slot, *target, 0));
                 scored.push((*window, position));
@@ -198,26 +201,31 @@ impl<'a> Scored<'a> {
     }
 }
 
+/// Tokens of a window that are run: what would follow the last is not asked for.
+fn rows(window: &Window) -> usize {
+    window.ids.len().saturating_sub(1)
+}
+
 /// Windows in steps, in their order: as many whole ones as fit, or a part of a longer one.
 fn steps(windows: &[Window]) -> Vec<Vec<Piece>> {
     let mut steps: Vec<Vec<Piece>> = Vec::new();
     let mut room = 0;
-    for (window, Window { ids, .. }) in windows.iter().enumerate() {
-        if ids.len() > ROWS {
-            let piece = |first| Piece { window, slot: 0, first, end: ids.len().min(first + ROWS) };
-            steps.extend((0..ids.len()).step_by(ROWS).map(|first| vec![piece(first)]));
+    for (window, rows) in windows.iter().map(rows).enumerate() {
+        if rows > ROWS {
+            let piece = |first| Piece { window, slot: 0, first, end: rows.min(first + ROWS) };
+            steps.extend((0..rows).step_by(ROWS).map(|first| vec![piece(first)]));
             room = 0;
             continue;
         }
-        let piece = |slot| Piece { window, slot, first: 0, end: ids.len() };
+        let piece = |slot| Piece { window, slot, first: 0, end: rows };
         match steps.last_mut() {
-            Some(step) if ids.len() <= room && step.len() < SEQUENCES => step.push(piece(step.len() as u32)),
+            Some(step) if rows <= room && step.len() < SEQUENCES => step.push(piece(step.len() as u32)),
             _ => {
                 steps.push(vec![piece(0)]);
                 room = ROWS;
             }
         }
-        room -= ids.len();
+        room -= rows;
     }
     steps
 }

@@ -78,5 +78,30 @@ fn mistakes_are_told_before_anything_is_computed() {
         let message = format!("{path}: {why}");
         quaver(["quantize", &source, &to, "--scheme", "fp8", "--calibration", &path]).fails(1, &message);
     }
+    quaver(["quantize", &source, &to, "--ignore", "none"]).fails(
+        1,
+        "tensor lm_head: is the embedding in this model (tie_word_embeddings), which stays as it is; --ignore it",
+    );
     assert!(!folder.path().join("out").exists());
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_nothing_that_the_next_one_does_not_remove() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(folder.path()), folder.path().join("Llama-3.2"));
+    let texts = folder.path().join("texts.txt");
+    fs::write(&texts, "It was a cold morning in the old house. ".repeat(20_000)).unwrap();
+    let (to, texts) = (out.display().to_string(), texts.display().to_string());
+    let calibrated = ["--scheme", "fp8", "--calibration", &texts, "--backend", "reference"];
+    let mut run = quaver([&["quantize", &source, &to], &calibrated[..]].concat()).command.spawn().unwrap();
+    let part = folder.path().join(format!("Llama-3.2.part-{}", run.id()));
+    while !part.exists() {
+        assert_eq!(run.try_wait().unwrap(), None);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    run.kill().unwrap();
+    run.wait().unwrap();
+    assert!(!out.exists() && part.exists());
+    assert_eq!(quaver(["quantize", &source, &to]).succeeds(), "");
+    assert!(out.join("config.json").exists() && !part.exists());
 }

@@ -28,7 +28,8 @@ pub struct Args {
     /// Write static FP8 scales of keys and values too.
     #[arg(long)]
     kv_cache: bool,
-    /// Leave this linear layer as it is: a name, or a pattern behind re:; may be given several times.
+    /// Leave this linear layer as it is: a name, or a pattern behind re:; may be given several times; none: no
+    /// layer.
     #[arg(long, value_name = "NAME", default_value = "lm_head")]
     ignore: Vec<String>,
     /// What static scales are found with: JSON lines (text, messages, prompt or input_ids), or a plain text.
@@ -57,7 +58,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let recipe = Recipe { scheme: args.scheme, kv_cache: args.kv_cache, ignore: args.ignore.clone() };
+    let ignore = args.ignore.iter().filter(|name| !matches!(name.as_str(), "" | "none")).cloned().collect();
+    let recipe = Recipe { scheme: args.scheme, kv_cache: args.kv_cache, ignore };
     match (&args.calibration, recipe.needs_calibration()) {
         (None, true) => {
             let why = "static scales need --calibration FILE: JSON lines or a text of the kind that the model will see";
@@ -100,9 +102,6 @@ pub fn run(args: Args) -> Result<()> {
 fn calibration(args: &Args, source: &Files, path: &std::path::Path) -> Result<Vec<Vec<u32>>> {
     let encoder = Encoder::open(&Checkpoint::open(source.clone())?)?;
     let (most, length) = (args.samples as usize, args.max_seq_len as usize);
-    let mut texts = samples::read(path, if args.shuffle.is_some() { usize::MAX } else { most })?;
-    if let Some(seed) = args.shuffle {
-        samples::shuffle(&mut texts, seed);
-    }
-    Ok(samples::cut(&texts, &encoder, most, length)?)
+    let texts = samples::read(path, if args.shuffle.is_some() { usize::MAX } else { most })?;
+    Ok(samples::cut(&texts, &encoder, most, length, args.shuffle)?)
 }

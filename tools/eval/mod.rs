@@ -4,7 +4,10 @@
 mod journal;
 mod tasks;
 
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::Path;
+use std::time::UNIX_EPOCH;
 
 use quaver_core::checkpoint::{Checkpoint, Files};
 use quaver_core::engine::EngineOptions;
@@ -60,7 +63,8 @@ pub struct Model {
     /// Its tokenizer.
     pub encoder: Encoder,
     scorer: Scorer,
-    arithmetic: String,
+    /// What its figures depend on: the files, and how they are computed with.
+    digest: String,
 }
 
 impl Model {
@@ -73,7 +77,8 @@ impl Model {
         let longest = context.saturating_add(1).min(checkpoint.config().max_positions);
         let scorer = Scorer::new(&checkpoint, backend, profile, kv_cache, longest)?;
         let arithmetic = format!("{profile:?} {kv_cache:?} {}", options.device);
-        Ok(Model { name: checkpoint.files().name(), encoder, scorer, arithmetic })
+        let digest = format!("{} {arithmetic}", fingerprint(checkpoint.files())?);
+        Ok(Model { name: checkpoint.files().name(), encoder, scorer, digest })
     }
 }
 
@@ -98,8 +103,7 @@ pub fn perplexity(
         tokens: u64,
         nll: f64,
     }
-    let head =
-        json!({"eval": "perplexity", "model": model.name, "arithmetic": model.arithmetic, "windows": digest(windows)});
+    let head = json!({"eval": "perplexity", "model": model.name, "digest": model.digest, "windows": digest(windows)});
     let mut journal = Journal::<Line>::open(journal, &head)?;
     let mut total = Tally::default();
     let mut take = |Line { tokens, nll }: &Line| {
@@ -168,8 +172,8 @@ pub fn compare(
         agree: u64,
     }
     let head = json!({
-        "eval": "compare", "base": base.name, "base_arithmetic": base.arithmetic, "quant": quant.name,
-        "quant_arithmetic": quant.arithmetic, "windows": digest(windows)
+        "eval": "compare", "base": base.name, "base_digest": base.digest, "quant": quant.name,
+        "quant_digest": quant.digest, "windows": digest(windows)
     });
     let mut journal = Journal::<Line>::open(journal, &head)?;
     let mut total = Comparison { base: Tally::default(), quant: Tally::default(), kl: Vec::new(), agree: 0 };
@@ -204,5 +208,38 @@ fn digest(windows: &[Window]) -> String {
         digest.update([ids.len() as u64, *from as u64].map(u64::to_le_bytes).as_flattened());
         ids.iter().for_each(|id| digest.update(id.to_le_bytes()));
     }
+    short(digest)
+}
+
+/// Which model's files these are, without reading them whole: the config, and of each file of tensors its name, size,
+/// time and header.
+fn fingerprint(files: &Files) -> Result<String> {
+    let mut digest = Sha256::new();
+    digest.update(&*files.require("config.json")?);
+    let mut paths = Vec::new();
+    if let Some(folder) = files.path() {
+        for entry in fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))? {
+            paths.push(entry.map_err(|e| Error::io("read", folder, e))?.path());
+        }
+    }
+    paths.retain(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
+    paths.sort();
+    for path in paths {
+        let fail = |e| Error::io("read", &path, e);
+        let mut file = File::open(&path).map_err(fail)?;
+        let metadata = file.metadata().map_err(fail)?;
+        let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        digest.update(format!("{:?} {} {modified:?} ", path.file_name(), metadata.len()));
+        let mut length = [0; 8];
+        file.read_exact(&mut length).map_err(fail)?;
+        let mut header = Vec::new();
+        file.take(u64::from_le_bytes(length)).read_to_end(&mut header).map_err(fail)?;
+        digest.update(&header);
+    }
+    Ok(short(digest))
+}
+
+/// The first 8 bytes of a digest, in hexadecimal digits.
+fn short(digest: Sha256) -> String {
     digest.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
