@@ -188,12 +188,8 @@ fn weights_of_every_dtype_are_quantized_as_compressed_tensors_does() {
     let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     for (name, dtype) in [("bf16", TensorDType::Bf16), ("f16", TensorDType::F16), ("f32", TensorDType::F32)] {
         let weight = golden.tensor(&format!("{name}.weight")).unwrap();
-        let tensor = quaver_core::checkpoint::Tensor {
-            name: name.into(),
-            dtype,
-            shape: weight.shape().to_vec(),
-            data: weight.data().to_vec().into(),
-        };
+        let tensor =
+            Tensor { name: name.into(), dtype, shape: weight.shape().to_vec(), data: weight.data().to_vec().into() };
         for (strategy, per_row) in [("tensor", false), ("channel", true)] {
             let got = quaver_core::quantize::quantize_weight(&tensor, per_row).unwrap();
             let want = |part: &str| golden.tensor(&format!("{name}.{strategy}.{part}")).unwrap().data().to_vec();

@@ -169,7 +169,7 @@ fn numbers(count: usize, dtype: DType) -> Vec<u8> {
     let words = (0..count.div_ceil(4) as u32).flat_map(|i| philox([i, 0, 0, 0], [0; 2]));
     match dtype {
         // The sign, and codes below that of 2.
-        DType::E4m3 => words.map(|word| (word & 0x80) as u8 | (word >> 8) as u8 % 0x40).take(count).collect(),
+        DType::E4m3 => words.map(|word| (word & 0x80) as u8 | ((word >> 8) as u8 % 0x40)).take(count).collect(),
         _ => words
             .flat_map(|word| (((word & 0x8000) | 0x3f00 | (word >> 16 & 0xff)) as u16).to_le_bytes())
             .take(2 * count)
