@@ -14,7 +14,7 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   let span = tile.span;
   let end = tile.end;
   let row = span.x + index;
-  let kv_head = p.from + workgroup.y;
+  let kv_head = p.begin + workgroup.y;
   let head = kv_head * GROUP + lid % GROUP;
   let own = span.w + index;
   let blocks = (DIM + 15u) / 16u;

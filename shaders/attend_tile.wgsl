@@ -5,7 +5,7 @@ struct Params {
   pages: u32,  // of a row of page_table
   splits: u32,
   base: u32,  // the first tile of this dispatch
-  from: u32,  // its first kv head
+  begin: u32,  // its first kv head
 }
 
 override WG: u32;

@@ -35,7 +35,7 @@ fn attend_tiled(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
   let blocks = (DIM + 15u) / 16u;
   let units = count * 4u * blocks;
   let row = tile.span.x + tile.index;
-  let kv_head = p.from + workgroup.y;
+  let kv_head = p.begin + workgroup.y;
   let head = kv_head * GROUP;
   let behind = tile.span.y - tile.index;  // rows that there are
   for (var u = lid; u < units; u += WG) {

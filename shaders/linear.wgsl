@@ -60,7 +60,7 @@ fn accumulate(xs: ptr<function, Blocks>, ws: ptr<function, Blocks>, c: u32, sums
 fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m = live[AXIS];
   let row = (p.base + workgroup.y) * TM;
-  let tile = ((p.from + workgroup.x) * WG + lid) * TN;
+  let tile = ((p.begin + workgroup.x) * WG + lid) * TN;
   if (row >= m || tile >= p.n + shifted()) {
     return;
   }

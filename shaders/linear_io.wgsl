@@ -8,7 +8,7 @@ struct Params {
   stride: u32,  // words a row of out
   x_scale: f32,
   base: u32,  // the first tile of rows of this dispatch
-  from: u32,  // its first workgroup of channels
+  begin: u32,  // its first workgroup of channels
 }
 
 override AXIS: u32;  // which word of live counts the rows

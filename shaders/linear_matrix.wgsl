@@ -38,7 +38,7 @@ fn linear_matrix(
 ) {
   let m = live[AXIS];
   let row = (p.base + workgroup.y) * 64u;
-  let tile = (p.from + workgroup.x) * 64u;
+  let tile = (p.begin + workgroup.x) * 64u;
   if (row >= m) {
     return;
   }

@@ -22,7 +22,7 @@ fn linear_row(
   }
   let blocks = (K + 15u) / 16u;
   for (var first = subgroup * TN; first < CHANNELS; first += subgroups * TN) {
-    let tile = (p.from + workgroup.x) * CHANNELS + first;
+    let tile = (p.begin + workgroup.x) * CHANNELS + first;
     if (tile >= p.n + shifted()) {
       break;
     }

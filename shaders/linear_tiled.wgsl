@@ -28,7 +28,7 @@ fn put_w(block: mat4x4<f32>, at: u32) {
 fn linear_tiled(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m = live[AXIS];
   let row = (p.base + workgroup.y) * 64u;
-  let tile = (p.from + workgroup.x) * 64u;
+  let tile = (p.begin + workgroup.x) * 64u;
   if (row >= m) {
     return;
   }

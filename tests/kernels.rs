@@ -99,9 +99,12 @@ fn kernels_are_right_under_every_schedule() {
     }
 }
 
+/// What stands in a source, and what is put in its place.
+type Changes = &'static [(&'static str, &'static str)];
+
 /// Sums of tensor cores that are not added to f32 ones in time, with the bits that tensor cores keep: what is left out of a
 /// kernel or put in its place.
-const UNPROMOTED: [(&str, Variant, &[(&str, &str)]); 2] = [
+const UNPROMOTED: [(&str, Variant, Changes); 2] = [
     ("sm89_linear_e4m3", Variant::Sm89, &[("if (s % 2 == 1 || s + 1 == stages) {", "if (s + 1 == stages) {")]),
     (
         "sm90_linear_e4m3",

@@ -103,7 +103,9 @@ def completions(client):
 
 
 def tools(client):
-    made = client.chat.completions.create(model="demo", messages=QUESTION, tools=[WEATHER], tool_choice="required")
+    made = client.chat.completions.create(
+        model="demo", messages=QUESTION, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False
+    )
     call = made.choices[0].message.tool_calls[0]
     assert call.function.name == "weather" and "city" in json.loads(call.function.arguments)
     assert made.choices[0].finish_reason == "tool_calls"

@@ -179,7 +179,8 @@ fn a_call_that_must_be_made_is_made_whole_and_in_pieces() {
     let tool = |name: &str| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
     let tools = json!([tool("weather"), tool("time")]);
     for choice in [json!("required"), json!({"type": "function", "function": {"name": "time"}})] {
-        let body = chat("What now?", json!({"tools": tools, "tool_choice": choice}));
+        let fields = json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": false});
+        let body = chat("What now?", fields);
         let whole = server.post(CHAT, &body).json()["choices"][0].clone();
         assert_eq!((&whole["finish_reason"], &whole["message"]["content"]), (&json!("tool_calls"), &json!(null)));
         let function = &whole["message"]["tool_calls"][0]["function"];
