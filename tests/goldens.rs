@@ -41,7 +41,7 @@ const KL_FAST: f64 = 5e-3;
 
 fn main() {
     let args = Arguments::from_args();
-    let mut trials = Vec::new();
+    let mut trials = vec![Trial::test("adapters_are_there", support::adapters_are_there)];
     let specs = quaver_backends::variants();
     let first = specs.iter().find(|spec| spec.kind == Kind::Wgpu).cloned();
     for spec in specs {
@@ -51,7 +51,8 @@ fn main() {
                 // ones of each; the others take the short ones of that model. `--include-ignored` runs the rest.
                 let is_long = !matches!(name, "layers" | "linears" | "logits" | "teacher_forced");
                 let reasons = [first.as_ref() != Some(&spec), model != "tiny-llama-fp8-channel", is_long];
-                let is_rest = spec.kind == Kind::Wgpu && reasons.iter().filter(|reason| **reason).count() > 1;
+                let is_exact = spec.variant.as_deref() == Some("portable-exact");
+                let is_rest = spec.kind == Kind::Wgpu && (is_exact || reasons.iter().filter(|r| **r).count() > 1);
                 let (name, spec) = (format!("{spec}::{model}::{name}"), spec.clone());
                 let run = move || {
                     let _turn = quaver_backends::turn(&spec);

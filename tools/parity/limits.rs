@@ -65,8 +65,8 @@ const PROMOTED: (usize, usize) = (128, 16);
 ///
 /// An addend of an instruction, be it a product or the sum so far, loses less than 2^-bits of the largest, which is at most
 /// the sum of |x||w|; the new sum loses 2^-bits of itself. Hence the limit of an element, over a sum that is promoted in time.
-/// Products of either sign lose as much one way as the other, while sums of one sign lose half of that each time: 0.3 and 15
-/// times 2^-bits were measured.
+/// Products of either sign lose as much one way as the other, while sums of one sign lose half of that each time, up to 48
+/// times until they are promoted. Both follow from the model of `emulator.cpp`; no card has been measured yet.
 fn tensor_core_limit(bits: u32) -> Limit {
     let bit = 0.5f64.powi(bits as i32);
     let (products, sums) = PROMOTED;
