@@ -44,6 +44,13 @@ pub fn files(model: Option<&str>, offline: bool) -> Result<Files> {
     Files::dir(name)
 }
 
+/// True for a file that says under which terms a model may be used: whoever gets the model, or what was made of it, gets
+/// these as well.
+pub(crate) fn is_terms(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["license", "licence", "notice", "copying", "use_policy"].iter().any(|start| name.starts_with(start))
+}
+
 /// True for what is written as neither an absolute nor an explicitly relative path, nor as a path of several steps.
 fn is_meant_as_id(name: &str) -> bool {
     let id = name.split('@').next().unwrap_or(name);

@@ -10,10 +10,11 @@ use quaver_core::checkpoint::{Checkpoint, Files};
 use quaver_core::quantize::{Calibration, Quantizer, Recipe};
 use quaver_core::{Error, Result};
 
+use crate::model::is_terms;
 use crate::model_card;
 
-/// Files that a quantized model keeps as they are: what makes and ends its texts, and its terms.
-const KEPT: [&str; 17] = [
+/// Files that a quantized model keeps as they are, beside its terms: what makes and ends its texts.
+const KEPT: [&str; 7] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,16 +22,6 @@ const KEPT: [&str; 17] = [
     "added_tokens.json",
     "tokenizer.model",
     "chat_template.jinja",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "LICENCE",
-    "NOTICE",
-    "NOTICE.txt",
-    "NOTICE.md",
-    "Notice",
-    "Notice.txt",
-    "USE_POLICY.md",
 ];
 
 /// How a checkpoint is made.
@@ -93,7 +84,7 @@ pub fn write(
             fs::write(&path, bytes).map_err(|e| Error::io("write", path, e))
         };
         put("config.json", format!("{:#}\n", quantizer.config_json()?).as_bytes())?;
-        for name in KEPT {
+        for name in source.names()?.iter().filter(|name| KEPT.contains(&name.as_str()) || is_terms(name)) {
             if let Some(bytes) = source.get(name)? {
                 put(name, &bytes)?;
             }

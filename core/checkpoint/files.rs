@@ -85,6 +85,22 @@ impl Files {
         }
     }
 
+    /// The plain names that stand beside `config.json`, in order.
+    pub fn names(&self) -> Result<Vec<String>> {
+        let mut names: Vec<String> = match &self.place {
+            Place::Embedded { files, .. } => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            Place::Dir { path, .. } => {
+                let entries = std::fs::read_dir(path).map_err(|e| Error::io("read", path, e))?;
+                let names = entries.map(|entry| entry.map(|entry| entry.file_name().into_string()));
+                let names = names.collect::<Result<Vec<_>, _>>().map_err(|e| Error::io("read", path, e))?;
+                // What is no text is no name that anybody asks for.
+                names.into_iter().flatten().filter(|name| is_plain(name)).collect()
+            }
+        };
+        names.sort();
+        Ok(names)
+    }
+
     /// A file, mapped; `None` where there is none of that name. Names with path separators are refused.
     pub fn get(&self, file: &str) -> Result<Option<Bytes>> {
         if !is_plain(file) {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use self::server::{COMMIT, ID, Request, Server, Site, etag};
+use crate::support::checkpoints;
 use crate::{HOOK, Quaver, greedy, quaver};
 
 const WEIGHTS: &str = "model.safetensors";
@@ -99,6 +100,27 @@ fn a_model_is_downloaded_once_and_answers() {
         assert_eq!(client.asks(ID, args).env("HF_HUB_OFFLINE", offline).succeeds(), answer());
     }
     assert_eq!(client.asks(&format!("{ID}@{COMMIT}"), &[]).env("QUAVER_OFFLINE", "1").succeeds(), answer());
+}
+
+#[test]
+fn the_terms_of_a_model_come_with_it_and_go_on_with_what_is_made_of_it() {
+    let mut site = Site::demo();
+    for name in ["LICENSE.txt", "Notice", "USE_POLICY.md", "notes.txt"] {
+        site.files.insert(name.into(), name.as_bytes().to_vec());
+    }
+    // What is quantized is no FP8 model yet.
+    let tiny = checkpoints::folder("tiny-llama");
+    for name in ["config.json", "model.safetensors"] {
+        site.files.insert(name.into(), fs::read(tiny.join(name)).unwrap());
+    }
+    let client = Client::of(&site.serve());
+    client.inspects(ID).succeeds();
+    let made = client.home.path().join("made");
+    client.within(quaver(["quantize", ID, &made.display().to_string(), "--scheme", "fp8-dynamic"])).succeeds();
+    for name in ["LICENSE.txt", "Notice", "USE_POLICY.md"] {
+        assert_eq!(fs::read_to_string(made.join(name)).unwrap(), name);
+    }
+    assert!(!made.join("notes.txt").exists());
 }
 
 #[test]

@@ -15,7 +15,8 @@ use super::cache::{Cached, INDEX, SINGLE, SMALL, Snapshot, make_parent};
 use super::client::{Client, FileInfo};
 use super::failure::Failure;
 use super::part::{Finish, Part};
-use super::repo::Repo;
+use super::repo::{Repo, is_plain};
+use crate::model::is_terms;
 
 /// Seconds before the next attempt, after so many that brought no bytes.
 const PAUSES_S: [u64; 5] = [0, 1, 2, 4, 8];
@@ -44,6 +45,7 @@ impl Download<'_> {
         for name in SMALL {
             if holds(name) { file(name)? } else { snapshot.set_absent(name) }
         }
+        listing.files.iter().filter(|name| is_plain(name) && is_terms(name)).try_for_each(|name| file(name))?;
         Checkpoint::check(&Files::dir(snapshot.folder())?)?;
         file(weights)?;
         if weights == INDEX {
