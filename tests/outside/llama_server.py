@@ -191,7 +191,7 @@ def measure(args):
         }
         print("| client | streams | server | output tok/s | first token, ms |\n|---|---|---|---|---|")
         for client, ask in clients.items():
-            for streams, requests in [(1, 4), (16, 32)]:
+            for streams, requests in [(1, 3), (16, 16)]:
                 figures = {name: [] for name in servers}
                 for repeat in range(args.repeats):
                     for name, (_, port) in servers.items():
