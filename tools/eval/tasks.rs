@@ -357,9 +357,11 @@ fn judge(scored: &[Likelihood], item: &Choose, add: &mut impl FnMut(Metric, f64)
             }
         }
         Truth::Labels(labels) => {
+            // Relative to the likeliest, so that long answers, of next to no probability each, do not all become 0.
+            let most = scored.iter().map(|scored| scored.log_likelihood).fold(f64::NEG_INFINITY, f64::max);
             let sum = |right: bool| -> f64 {
                 let of = scored.iter().zip(labels).filter(|(_, label)| **label == right);
-                of.map(|(scored, _)| scored.log_likelihood.exp()).sum()
+                of.map(|(scored, _)| (scored.log_likelihood - most).exp()).sum()
             };
             add(Metric::Mc2, sum(true) / (sum(true) + sum(false)));
         }
@@ -367,13 +369,19 @@ fn judge(scored: &[Likelihood], item: &Choose, add: &mut impl FnMut(Metric, f64)
 }
 
 impl Generate {
-    /// True where the text, or what is extracted from it, is the answer.
+    /// True where the text, or what is extracted from it, is the answer. As lm-evaluation-harness has it: of the first or
+    /// last match the first group that is not empty, without spaces around it; a text that nothing is extracted from is
+    /// compared as it is.
     fn is_met(&self, text: &str) -> bool {
         let found = match &self.extract {
             None => Some(text),
             Some(pattern) => {
-                let mut all = pattern.captures_iter(text).filter_map(|groups| groups.get(1).or_else(|| groups.get(0)));
-                if self.last { all.last() } else { all.next() }.map(|group| group.as_str())
+                let mut all = pattern.captures_iter(text);
+                let groups = if self.last { all.last() } else { all.next() };
+                groups.and_then(|groups| {
+                    let own = groups.iter().skip(usize::from(groups.len() > 1)).flatten();
+                    own.map(|group| group.as_str()).find(|text| !text.is_empty()).map(str::trim)
+                })
             }
         };
         let Some(found) = found else { return false };
@@ -384,8 +392,7 @@ impl Generate {
     fn plain(&self, text: &str) -> String {
         let text =
             self.ignore.iter().fold(text.to_owned(), |text, pattern| pattern.replace_all(&text, "").into_owned());
-        let text = text.trim();
-        if self.ignore_case { text.to_lowercase() } else { text.to_owned() }
+        if self.ignore_case { text.to_lowercase() } else { text }
     }
 }
 
@@ -396,5 +403,41 @@ impl Score {
         let squares: f64 = values.iter().map(|x| (x - value).powi(2)).sum();
         let stderr = if values.len() > 1 { (squares / (n - 1.0) / n).sqrt() } else { 0.0 };
         Score { value, stderr }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generate(extract: Option<&str>, last: bool, answer: &str) -> Generate {
+        let extract = extract.map(|pattern| Regex::new(pattern).unwrap());
+        let (prompt, until) = (Prompt::Text(String::new()), Vec::new());
+        let (answer, ignore) = (answer.to_owned(), Vec::new());
+        Generate { prompt, until, answer, extract, last, ignore, ignore_case: false, max_tokens: 1 }
+    }
+
+    #[test]
+    fn an_answer_is_met_as_the_harness_compares_it() {
+        for (extract, last, text, answer, is_met) in [
+            (None, false, " of", "of", false),
+            (None, false, " of", " of", true),
+            (Some("[a-z ]+"), false, " of ", "of", true),
+            (Some("a(x)|b(y)"), false, "by", "y", true),
+            (Some("(x*)y"), false, "y", "", false),
+            (Some("([0-9]+)"), true, "1 2 3", "3", true),
+            (Some("([0-9]+)"), false, "1 2 3", "3", false),
+        ] {
+            assert_eq!(generate(extract, last, answer).is_met(text), is_met, "{extract:?} of {text:?}: {answer:?}");
+        }
+    }
+
+    #[test]
+    fn answers_of_next_to_no_probability_have_their_share_of_it() {
+        let scored = [-2000.0, -2001.0].map(|log_likelihood| Likelihood { log_likelihood, greedy: false });
+        let item = Choose { pairs: Vec::new(), lengths: Vec::new(), truth: Truth::Labels(vec![true, false]) };
+        let mut seen = Vec::new();
+        judge(&scored, &item, &mut |_, value| seen.push(value));
+        assert!((seen[0] - 1.0 / (1.0 + (-1f64).exp())).abs() < 1e-12, "{seen:?}");
     }
 }
