@@ -6,6 +6,8 @@
 //! engine writes before the run. `program.rs` checks that a program's ops and buffers fit together;
 //! `reference/` says what each op computes.
 
+use std::collections::HashMap;
+
 use crate::bytes::Bytes;
 use crate::error::Result;
 
@@ -427,6 +429,33 @@ pub struct Plan(pub u32);
 /// A copy to the host that was queued, of one backend; see [`Backend::fetch`].
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub struct Fetch(pub u64);
+
+/// What a backend keeps of its copies that were queued and not taken yet.
+#[derive(Debug)]
+pub struct Copies<T> {
+    kept: HashMap<u64, T>,
+    last: u64,
+}
+
+impl<T> Default for Copies<T> {
+    fn default() -> Self {
+        Copies { kept: HashMap::new(), last: 0 }
+    }
+}
+
+impl<T> Copies<T> {
+    /// Keeps one, and numbers it.
+    pub fn keep(&mut self, copy: T) -> Fetch {
+        self.last += 1;
+        self.kept.insert(self.last, copy);
+        Fetch(self.last)
+    }
+
+    /// Gives one back, once.
+    pub fn take(&mut self, fetch: &Fetch) -> Option<T> {
+        self.kept.remove(&fetch.0)
+    }
+}
 
 /// What a backend runs on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

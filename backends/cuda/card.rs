@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use quaver_core::op::DeviceInfo;
+use quaver_core::op::{Copies, DeviceInfo, Fetch};
 use quaver_core::{Error, Result};
 
 use super::compiler::Compiler;
@@ -91,9 +91,8 @@ pub struct Card {
     starts_early: bool,
     graphs: Vec<Graph>,
     /// Memory for copies to the host: of those under way, and the rest.
-    fetched: HashMap<u64, Readback>,
+    fetched: Copies<Readback>,
     readbacks: Vec<Readback>,
-    fetches: u64,
     /// Bytes that may still be allocated.
     budget: u64,
 }
@@ -123,9 +122,8 @@ impl Card {
             functions: HashMap::new(),
             starts_early: properties.capability == (9, 0) && driver >= EARLY_DRIVER,
             graphs: Vec::new(),
-            fetched: HashMap::new(),
+            fetched: Copies::default(),
             readbacks: Vec::new(),
-            fetches: 0,
             budget,
         };
         Ok((card, tuning))
@@ -191,7 +189,7 @@ impl Device for Card {
         true
     }
 
-    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<u64> {
+    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<Fetch> {
         let bytes = pieces.iter().map(|(_, len)| len).sum();
         let found = self.readbacks.iter().position(|readback| readback.bytes() >= bytes);
         let readback = match found {
@@ -199,13 +197,11 @@ impl Device for Card {
             None => self.card.readback(bytes).map_err(|why| self.error(why))?,
         };
         self.card.fetch(&readback, pieces).map_err(|why| self.error(why))?;
-        self.fetches += 1;
-        self.fetched.insert(self.fetches, readback);
-        Ok(self.fetches)
+        Ok(self.fetched.keep(readback))
     }
 
-    fn take(&mut self, fetch: u64, into: &mut [u8]) -> Result<()> {
-        let readback = self.fetched.remove(&fetch).ok_or_else(|| self.error(format!("there is no copy {fetch}")))?;
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
+        let readback = self.fetched.take(&fetch).ok_or_else(|| self.error(format!("there is no copy {}", fetch.0)))?;
         self.card.take(&readback, into).map_err(|why| self.error(why))?;
         self.readbacks.push(readback);
         Ok(())

@@ -1,7 +1,7 @@
 //! What runs launches: a card, or the emulator.
 
 use quaver_core::Result;
-use quaver_core::op::DeviceInfo;
+use quaver_core::op::{DeviceInfo, Fetch};
 
 /// A launch whose arguments are known.
 #[derive(Clone, Debug)]
@@ -63,11 +63,11 @@ pub trait Device: Send {
     /// True where [`Device::run`] returns before the work is done.
     fn is_asynchronous(&self) -> bool;
 
-    /// Queues copies of (address, bytes), one behind the other, to the host; numbers them.
-    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<u64>;
+    /// Queues copies of (address, bytes), one behind the other, to the host.
+    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<Fetch>;
 
     /// Waits for what [`Device::fetch`] queued; `into` is as long as the pieces are together.
-    fn take(&mut self, fetch: u64, into: &mut [u8]) -> Result<()>;
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()>;
 
     /// The tensor map of a matrix.
     fn map(&self, matrix: &Matrix) -> Result<Box<[u64; 16]>>;

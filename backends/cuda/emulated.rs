@@ -1,14 +1,13 @@
 //! The emulator as a device: the kernels, compiled by the machine's C++ compiler, in a process of their own
 //! (`kernels/emulator`). Its program is compiled once and kept in the cache folder, under a name that its sources give it.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use quaver_core::op::DeviceInfo;
+use quaver_core::op::{Copies, DeviceInfo, Fetch};
 use quaver_core::{Error, Result};
 use quaver_kernels::{EMULATOR_CPP, EMULATOR_H};
 
@@ -29,8 +28,7 @@ pub struct Emulator {
     answers: BufReader<ChildStdout>,
     plans: Vec<Vec<Launch>>,
     /// Copies that were not taken yet.
-    fetched: HashMap<u64, Vec<u8>>,
-    fetches: u64,
+    fetched: Copies<Vec<u8>>,
 }
 
 impl Emulator {
@@ -49,8 +47,8 @@ impl Emulator {
             tensor_cores: Some(variant.tensor_cores()),
         };
         let (commands, answers) = (BufWriter::new(stdin), BufReader::new(stdout));
-        let (plans, fetched) = (Vec::new(), HashMap::new());
-        let mut emulator = Emulator { info, process, commands, answers, plans, fetched, fetches: 0 };
+        let (plans, fetched) = (Vec::new(), Copies::default());
+        let mut emulator = Emulator { info, process, commands, answers, plans, fetched };
         emulator.command(b's', &[schedule]).map_err(|e| emulator.failure(&e))?;
         Ok(emulator)
     }
@@ -123,7 +121,7 @@ impl Device for Emulator {
         false
     }
 
-    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<u64> {
+    fn fetch(&mut self, pieces: &[(u64, usize)]) -> Result<Fetch> {
         let mut bytes = vec![0; pieces.iter().map(|(_, len)| len).sum()];
         let mut rest = &mut bytes[..];
         for &(address, len) in pieces {
@@ -131,14 +129,12 @@ impl Device for Emulator {
             let asked = self.command(b'r', &[address, len as u64]).and_then(|()| self.commands.flush());
             asked.and_then(|()| self.answers.read_exact(into)).map_err(|e| self.failure(&e))?;
         }
-        self.fetches += 1;
-        self.fetched.insert(self.fetches, bytes);
-        Ok(self.fetches)
+        Ok(self.fetched.keep(bytes))
     }
 
-    fn take(&mut self, fetch: u64, into: &mut [u8]) -> Result<()> {
-        let bytes = self.fetched.remove(&fetch).filter(|bytes| bytes.len() == into.len());
-        let none = || Error::device(NAME, format!("there is no copy {fetch} of {} bytes", into.len()));
+    fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
+        let bytes = self.fetched.take(&fetch).filter(|bytes| bytes.len() == into.len());
+        let none = || Error::device(NAME, format!("there is no copy {} of {} bytes", fetch.0, into.len()));
         into.copy_from_slice(&bytes.ok_or_else(none)?);
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use bytemuck::cast_slice_mut;
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Buf, BufDesc};
+use quaver_core::op::{Buf, BufDesc, Fetch};
 use quaver_core::{Error, Result};
 
 use super::device::Device;
@@ -103,7 +103,7 @@ impl Memory {
     }
 
     /// Queues a copy of bytes of a buffer.
-    pub fn fetch(&self, device: &mut dyn Device, src: Buf, range: Range<usize>) -> Result<u64> {
+    pub fn fetch(&self, device: &mut dyn Device, src: Buf, range: Range<usize>) -> Result<Fetch> {
         let Some(layout) = self.layouts.find(src).filter(|layout| range.end <= layout.desc.bytes()) else {
             return Err(error(device, format!("bytes {range:?} of buffer {} cannot be read", src.0)));
         };

@@ -194,10 +194,10 @@ impl Backend for Cuda {
     }
 
     fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
-        self.memory.fetch(&mut *self.device, src, offset..offset + bytes).map(Fetch)
+        self.memory.fetch(&mut *self.device, src, offset..offset + bytes)
     }
 
     fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
-        self.device.take(fetch.0, into)
+        self.device.take(fetch, into)
     }
 }

@@ -17,15 +17,13 @@ mod self_test;
 mod tests;
 pub mod tuning;
 
-use std::collections::HashMap;
-
 use ::wgpu::{
     Adapter, BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferSize,
     BufferUsages, ComputePassDescriptor, ComputePipeline, Features,
 };
 use bytemuck::cast_slice;
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Op, Plan, Program};
+use quaver_core::op::{Backend, Buf, BufDesc, Copies, DeviceInfo, Fetch, Op, Plan, Program};
 use quaver_core::{Error, Result};
 
 use crate::layout::{self, Layout, Layouts};
@@ -71,8 +69,7 @@ pub struct Wgpu {
     unused: [Buffer; 2],
     plans: Vec<Recorded>,
     /// Copies to the host that were not taken yet.
-    copies: HashMap<Fetch, Copy>,
-    fetches: u64,
+    copies: Copies<Copy>,
 }
 
 /// A program on the device.
@@ -132,8 +129,7 @@ impl Wgpu {
             scratch: Vec::new(),
             unused,
             plans: Vec::new(),
-            copies: HashMap::new(),
-            fetches: 0,
+            copies: Copies::default(),
         };
         if wgpu.tuning.fast_e4m3 && !wgpu.decodes_fast()? {
             wgpu.tuning.fast_e4m3 = false;
@@ -301,13 +297,11 @@ impl Backend for Wgpu {
 
     fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
         let copy = self.memory.fetch(&mut self.gpu, src, offset..offset + bytes)?;
-        self.fetches += 1;
-        self.copies.insert(Fetch(self.fetches), copy);
-        Ok(Fetch(self.fetches))
+        Ok(self.copies.keep(copy))
     }
 
     fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
-        match self.copies.remove(&fetch) {
+        match self.copies.take(&fetch) {
             Some(copy) if copy.len() == into.len() => Memory::take(&mut self.gpu, copy, into),
             _ => Err(self.gpu.error(format!("there is no copy {} of {} bytes", fetch.0, into.len()))),
         }

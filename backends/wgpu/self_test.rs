@@ -1,7 +1,7 @@
 //! What a driver must get right before a variant that relies on it is used. `Wgpu::open` is the caller.
 
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Act, Backend, BufDesc, Cols, DType, Extent, Op, Program, Scale, StaticScale, Weight};
+use quaver_core::op::{Act, Backend, BufDesc, Cols, Copies, DType, Extent, Op, Program, Scale, StaticScale, Weight};
 use quaver_core::{Result, e4m3};
 
 use super::memory::Memory;
@@ -48,7 +48,7 @@ impl Wgpu {
         let sums = self.sums();
         self.memory = Memory::new(&self.gpu, self.tuning.most_bound);
         self.plans.clear();
-        self.copies.clear();
+        self.copies = Copies::default();
         Ok(are_exact(&sums?))
     }
 

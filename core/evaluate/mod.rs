@@ -145,8 +145,6 @@ fn pair(base: &[f32], quant: &[f32], target: u32) -> Pair {
 pub struct Likelihood {
     /// The sum of the log-probabilities of its tokens.
     pub log_likelihood: f64,
-    /// True where each of its tokens was the likeliest.
-    pub greedy: bool,
 }
 
 /// The likelihoods of what each window scores.
@@ -155,11 +153,9 @@ pub fn likelihoods(
     windows: &[Window],
     mut on_token: impl FnMut(usize),
 ) -> Result<Vec<Likelihood>> {
-    let mut likelihoods = vec![Likelihood { log_likelihood: 0.0, greedy: true }; windows.len()];
+    let mut likelihoods = vec![Likelihood::default(); windows.len()];
     scorer.score(windows, |Scored { window, target, logits, .. }| {
-        let likelihood = &mut likelihoods[window];
-        likelihood.log_likelihood += log_softmax(logits, target);
-        likelihood.greedy &= best(logits) == target as usize;
+        likelihoods[window].log_likelihood += log_softmax(logits, target);
         on_token(window);
         Ok(())
     })?;

@@ -4,7 +4,6 @@
 mod memory;
 pub mod slices;
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use bytemuck::{cast_slice, cast_slice_mut};
@@ -13,7 +12,9 @@ use self::memory::Memory;
 use self::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
-use crate::op::{Act, Backend, Buf, BufDesc, Cols, DeviceInfo, Fetch, Heads, Op, Plan, Program, StaticScale, Weight};
+use crate::op::{
+    Act, Backend, Buf, BufDesc, Cols, Copies, DeviceInfo, Fetch, Heads, Op, Plan, Program, StaticScale, Weight,
+};
 use crate::reference;
 use crate::sampler::{RowParams, Sampled};
 
@@ -120,8 +121,7 @@ pub struct HostBackend<K> {
     memory: Memory,
     plans: Vec<Recorded>,
     /// Copies that were not taken yet.
-    fetched: HashMap<Fetch, Vec<u8>>,
-    fetches: u64,
+    fetched: Copies<Vec<u8>>,
 }
 
 /// A program, and how many spans the smallest of its `spans` buffers holds.
@@ -141,7 +141,7 @@ struct Live {
 impl<K: Kernels> HostBackend<K> {
     /// A backend without buffers.
     pub fn new(kernels: K) -> Self {
-        HostBackend { kernels, memory: Memory::default(), plans: Vec::new(), fetched: HashMap::new(), fetches: 0 }
+        HostBackend { kernels, memory: Memory::default(), plans: Vec::new(), fetched: Copies::default() }
     }
 
     fn fail(&self, why: String) -> Error {
@@ -333,13 +333,11 @@ impl<K: Kernels> Backend for HostBackend<K> {
 
     fn fetch(&mut self, src: Buf, offset: usize, bytes: usize) -> Result<Fetch> {
         let bytes = self.bytes(src, offset..offset + bytes)?.to_vec();
-        self.fetches += 1;
-        self.fetched.insert(Fetch(self.fetches), bytes);
-        Ok(Fetch(self.fetches))
+        Ok(self.fetched.keep(bytes))
     }
 
     fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()> {
-        let bytes = self.fetched.remove(&fetch).filter(|bytes| bytes.len() == into.len());
+        let bytes = self.fetched.take(&fetch).filter(|bytes| bytes.len() == into.len());
         let bytes = bytes.ok_or_else(|| self.fail(format!("there is no copy {} of {} bytes", fetch.0, into.len())))?;
         into.copy_from_slice(&bytes);
         Ok(())

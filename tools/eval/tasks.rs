@@ -434,7 +434,7 @@ mod tests {
 
     #[test]
     fn answers_of_next_to_no_probability_have_their_share_of_it() {
-        let scored = [-2000.0, -2001.0].map(|log_likelihood| Likelihood { log_likelihood, greedy: false });
+        let scored = [-2000.0, -2001.0].map(|log_likelihood| Likelihood { log_likelihood });
         let item = Choose { pairs: Vec::new(), lengths: Vec::new(), truth: Truth::Labels(vec![true, false]) };
         let mut seen = Vec::new();
         judge(&scored, &item, &mut |_, value| seen.push(value));
