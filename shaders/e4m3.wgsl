@@ -15,18 +15,31 @@ fn e4m3x4(w: u32) -> vec4<f32> {
 
 // The same where no code is NaN: weights are refused at load else.
 fn e4m3x4_finite(w: u32) -> vec4<f32> {
+  return e4m3x4_small(w) * e4m3_unit();
+}
+
+// The same by a power of two too small, for sums that are multiplied by e4m3_unit() at their end.
+fn e4m3x4_small(w: u32) -> vec4<f32> {
   if (FAST_E4M3) {
-    return e4m3x4_fast(w);
+    return e4m3x4_f16(w);
   }
   return e4m3x4_exact(w);
 }
 
-// A code is the upper byte of an f16, one exponent bit shorter and 2^8 too small; NaN becomes 480.
+fn e4m3_unit() -> f32 {
+  return select(1.0, 256.0, FAST_E4M3);
+}
+
 fn e4m3x4_fast(w: u32) -> vec4<f32> {
+  return e4m3x4_f16(w) * 256.0;
+}
+
+// A code is the upper byte of an f16, one exponent bit shorter and 2^8 too small; NaN becomes 480 / 2^8.
+fn e4m3x4_f16(w: u32) -> vec4<f32> {
   let v = w << 8u;
   let odd = unpack2x16float((w & 0x80008000u) | ((w & 0x7f007f00u) >> 1u));
   let even = unpack2x16float((v & 0x80008000u) | ((v & 0x7f007f00u) >> 1u));
-  return vec4<f32>(even.x, odd.x, even.y, odd.y) * 256.0;
+  return vec4<f32>(even.x, odd.x, even.y, odd.y);
 }
 
 // By integer arithmetic alone, so that no driver's handling of subnormals counts.

@@ -18,10 +18,10 @@ fn chunk_of(blocks: u32) -> u32 {
 // Blocks of 16 elements as vectors: one of E4M3, two of bf16, four of f32 for each row of the tile.
 alias Blocks = array<vec4<u32>, 32>;
 
-// Elements 4 c .. 4 c + 3 of a row's block.
+// Elements 4 c .. 4 c + 3 of a row's block, codes small; of NaN codes any number.
 fn x4(blocks: ptr<function, Blocks>, i: u32, c: u32) -> vec4<f32> {
   if (X == E4M3) {
-    return e4m3x4((*blocks)[i][c]);
+    return e4m3x4_small((*blocks)[i][c]);
   } else if (X == BF16) {
     let v = (*blocks)[2u * i + c / 2u];
     let pair = select(v.xy, v.zw, c % 2u == 1u);
@@ -32,7 +32,7 @@ fn x4(blocks: ptr<function, Blocks>, i: u32, c: u32) -> vec4<f32> {
 
 fn w4(blocks: ptr<function, Blocks>, j: u32, c: u32) -> vec4<f32> {
   if (W == E4M3) {
-    return e4m3x4_finite((*blocks)[j][c]);
+    return e4m3x4_small((*blocks)[j][c]);
   } else if (W == BF16) {
     let v = (*blocks)[2u * j + c / 2u];
     let pair = select(v.xy, v.zw, c % 2u == 1u);
@@ -56,6 +56,20 @@ fn accumulate(xs: ptr<function, Blocks>, ws: ptr<function, Blocks>, c: u32, sums
   }
 }
 
+// The upper bit of each byte that is a NaN code.
+fn nan_bits(codes: vec4<u32>) -> vec4<u32> {
+  return ((codes & vec4<u32>(0x7f7f7f7fu)) + vec4<u32>(0x01010101u)) & vec4<u32>(0x80808080u);
+}
+
+// Whether a row of codes has a NaN.
+fn has_nan(first: u32, blocks: u32) -> bool {
+  var seen = vec4<u32>();
+  for (var block = 0u; block < blocks; block++) {
+    seen |= nan_bits(x[first + block]);
+  }
+  return any(seen != vec4<u32>());
+}
+
 @compute @workgroup_size(WG)
 fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m = live[AXIS];
@@ -75,6 +89,9 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   for (var j = 0u; j < TN; j++) {
     w_rows[j] = channel_at(tile + j) * blocks * w_vectors;
   }
+  // A NaN among the codes of a row makes all of its sums NaN. Codes are decoded as if there were none, and the whole tile's
+  // words are looked at for one: it leaves the upper bit of a byte.
+  var seen = vec4<u32>();
   let length = chunk_of(blocks);
   var sums: array<f32, 64>;
   var chunk: array<f32, 64>;
@@ -92,6 +109,9 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
         for (var v = 0u; v < x_vectors; v++) {
           xs[i * x_vectors + v] = x[x_rows[i] + block * x_vectors + v];
         }
+        if (X == E4M3) {
+          seen |= nan_bits(xs[i]);
+        }
       }
       accumulate(&xs, &ws, 0u, &chunk);
       accumulate(&xs, &ws, 1u, &chunk);
@@ -103,9 +123,12 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
       chunk[i] = 0.0;
     }
   }
+  let unit = select(1.0, e4m3_unit(), X == E4M3) * select(1.0, e4m3_unit(), W == E4M3);
   for (var i = 0u; i < TM; i++) {
+    let is_nan = any(seen != vec4<u32>()) && has_nan(x_rows[i], blocks);
     for (var j = 0u; j < TN; j++) {
-      store_at(row + i, tile + j, sums[i * TN + j]);
+      let sum = sums[i * TN + j] * unit;
+      store_at(row + i, tile + j, select(sum, bitcast<f32>(bitcast<u32>(sum) | 0x7fc00000u), is_nan));
     }
   }
 }

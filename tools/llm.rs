@@ -235,6 +235,7 @@ struct Answer {
     tokenizer: Option<Arc<TokenizerReading>>,
     writer: Option<AnswerText>,
     stops: StopStrings,
+    min_tokens: usize,
     text: String,
     token_ids: Vec<u32>,
     prompt_token_ids: Vec<u32>,
@@ -250,13 +251,14 @@ impl Answer {
         let Request { prompt, params, stop } = request;
         let stops = StopStrings::new(&stop)?;
         let prompt_token_ids = llm.encode(&prompt)?;
-        let logprobs = params.logprobs.map(|_| Vec::new());
+        let (logprobs, min_tokens) = (params.logprobs.map(|_| Vec::new()), params.min_tokens);
         let prompt_logprobs = params.prompt_logprobs.map(|_| vec![None]);
         Ok(Answer {
             id: llm.engine.submit(&prompt_token_ids, params)?,
             tokenizer: llm.text.tokenizer.clone(),
             writer: None,
             stops,
+            min_tokens,
             text: String::new(),
             token_ids: Vec::new(),
             prompt_token_ids,
@@ -289,7 +291,8 @@ impl Answer {
                 self.last = Some(now);
                 self.token_ids.push(token.id);
                 if let (None, Some(tokenizer)) = (&self.writer, &self.tokenizer) {
-                    self.writer = Some(AnswerText::new(tokenizer.get()?.detokenizer(true), self.stops.clone()));
+                    let detokenizer = tokenizer.get()?.detokenizer(true);
+                    self.writer = Some(AnswerText::new(detokenizer, self.stops.clone(), self.min_tokens));
                 }
                 let piece = self.writer.as_mut().map(|w| w.push(token.id)).transpose()?.unwrap_or_default();
                 if let Some(logprobs) = &mut self.logprobs {

@@ -51,8 +51,8 @@ impl Path for Avx2 {
         simd::row_f32(self, x, w, k, y);
     }
 
-    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
-        simd::tile_f32(self, x, w, sums);
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], on_line: impl FnMut()) {
+        simd::tile_f32(self, x, w, sums, on_line);
     }
 }
 
@@ -124,20 +124,21 @@ pub fn row(x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
 
 /// A tile of up to three rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn tile(x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile(x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], on_line: impl FnMut()) {
     match sums.len() {
-        1 => tile_of::<1>(x, w, sums),
-        2 => tile_of::<2>(x, w, sums),
-        3 => tile_of::<3>(x, w, sums),
+        1 => tile_of::<1>(x, w, sums, on_line),
+        2 => tile_of::<2>(x, w, sums, on_line),
+        3 => tile_of::<3>(x, w, sums, on_line),
         n => unreachable!("{n} rows at a time"),
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile_of<const R: usize>(x: &[CacheLine], w: &[CacheLine], out: &mut [[f32; CHANNELS]]) {
+fn tile_of<const R: usize>(x: &[CacheLine], w: &[CacheLine], out: &mut [[f32; CHANNELS]], mut on_line: impl FnMut()) {
     let (x, w) = (x.as_chunks::<R>().0, w.as_chunks::<CHANNELS>().0);
     let mut sums = [[_mm256_setzero_ps(); CHANNELS]; R];
     for (x, w) in x.iter().zip(w) {
+        on_line();
         for half in 0..2 {
             let w: [__m256; CHANNELS] = std::array::from_fn(|c| cast::<_, [__m256; 2]>(w[c])[half]);
             for r in 0..R {

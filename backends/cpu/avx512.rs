@@ -78,8 +78,8 @@ impl Path for Avx512 {
         simd::row(self, x, w, k, y);
     }
 
-    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
-        simd::tile(self, x, w, sums);
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], on_line: impl FnMut()) {
+        simd::tile(self, x, w, sums, on_line);
     }
 }
 
@@ -257,23 +257,24 @@ fn bf16_against_row(x: &[bf16], rows: [&[bf16]; CHANNELS], k: usize) -> [f32; CH
 
 /// A tile of up to [`MOST_ROWS`] rows.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
-pub fn tile(x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile(x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], on_line: impl FnMut()) {
     match sums.len() {
-        1 => tile_of::<1>(x, w, sums),
-        2 => tile_of::<2>(x, w, sums),
-        3 => tile_of::<3>(x, w, sums),
-        4 => tile_of::<4>(x, w, sums),
-        5 => tile_of::<5>(x, w, sums),
-        MOST_ROWS => tile_of::<MOST_ROWS>(x, w, sums),
+        1 => tile_of::<1>(x, w, sums, on_line),
+        2 => tile_of::<2>(x, w, sums, on_line),
+        3 => tile_of::<3>(x, w, sums, on_line),
+        4 => tile_of::<4>(x, w, sums, on_line),
+        5 => tile_of::<5>(x, w, sums, on_line),
+        MOST_ROWS => tile_of::<MOST_ROWS>(x, w, sums, on_line),
         n => unreachable!("{n} rows at a time"),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
-fn tile_of<const R: usize>(x: &[CacheLine], w: &[CacheLine], out: &mut [[f32; CHANNELS]]) {
+fn tile_of<const R: usize>(x: &[CacheLine], w: &[CacheLine], out: &mut [[f32; CHANNELS]], mut on_line: impl FnMut()) {
     let (x, w) = (x.as_chunks::<R>().0, w.as_chunks::<CHANNELS>().0);
     let mut sums = [[_mm512_setzero_ps(); CHANNELS]; R];
     for (x, w) in x.iter().zip(w) {
+        on_line();
         let w: [__m512bh; CHANNELS] = std::array::from_fn(|c| cast(w[c]));
         for r in 0..R {
             let x: __m512bh = cast(x[r]);

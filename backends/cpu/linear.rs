@@ -36,8 +36,8 @@ pub trait Path: Copy + Send + Sync {
     fn row(self, x: &[Self::Element], w: Slice, k: usize, y: &mut [f32]);
 
     /// The products of the rows of a panel with the channels of one, a chunk of each: `x[lines, rows]`,
-    /// `w[lines, CHANNELS]`. Bit for bit what `row` gives.
-    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]);
+    /// `w[lines, CHANNELS]`. Bit for bit what `row` gives. `on_line` is called at each line.
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], on_line: impl FnMut());
 }
 
 /// Channels of a tile.
@@ -134,20 +134,20 @@ fn run<P: Path>(isa: Isa, path: P, Linear { x, w, k, out, add }: Linear, decoded
                     after
                 };
                 let (next, element) = (next.bytes(), channels.bytes().len() / channels.len());
-                let (tiles, len) = (n / CHANNELS, P::CHUNK.min(k) * element);
-                let mut next_channels = Ahead::new(next, count, len, k * element, m.div_ceil(tile) * tiles);
+                let (steps, len) = (n / CHANNELS * lines(chunk), P::CHUNK.min(k) * element);
+                let mut next_channels = Ahead::new(next, count, len, k * element, m.div_ceil(tile) * steps);
                 for (i, products) in products.chunks_mut(tile * n).enumerate() {
                     let rows = products.len() / n;
                     let x = &x_panels[i * tile * lines(k) + lines(start) * rows..];
                     let (x, rest) = x.split_at(lines(chunk) * rows);
                     // Behind this panel's other chunks.
                     let next = rest.get((lines(k) - lines(chunk)) * rows..).unwrap_or_default();
-                    let mut next_rows = Ahead::new(cast_slice(next), 1, size_of_val(x), 0, tiles);
-                    let on_tile = || {
-                        next_channels.tile();
-                        next_rows.tile();
+                    let mut next_rows = Ahead::new(cast_slice(next), 1, size_of_val(x), 0, steps);
+                    let on_line = || {
+                        next_channels.step();
+                        next_rows.step();
                     };
-                    multiply(path, x, panels, lines(chunk), products, on_tile);
+                    multiply(path, x, panels, lines(chunk), products, on_line);
                 }
             }
         }
@@ -178,49 +178,56 @@ thread_local! {
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch_far(_: &[u8], _: usize) {}
 
-/// Asks, tile by tile, for what is read next, so that memory is busy while tiles are computed.
+/// Asks, step by step, for what is read next, so that memory is busy while tiles are computed, and a tile never waits for
+/// more requests than the processor keeps.
 struct Ahead<'a> {
-    /// From the first byte on.
     bytes: &'a [u8],
-    /// Lines of a run.
+    /// Where the next line is, and where its run began.
+    at: usize,
+    start: usize,
+    /// Bytes of a run, and from one run to the next.
     run: usize,
-    /// Bytes from one run to the next.
     stride: usize,
-    /// Lines that each tile asks for.
-    a_tile: usize,
-    /// Lines that remain, and those that were asked for.
-    lines: std::ops::Range<usize>,
+    /// Lines that each step asks for, and those that remain.
+    a_step: usize,
+    left: usize,
 }
 
 impl<'a> Ahead<'a> {
-    /// For so many runs of `len` bytes, over so many tiles.
-    fn new(bytes: &'a [u8], runs: usize, len: usize, stride: usize, tiles: usize) -> Self {
-        let run = len.div_ceil(size_of::<CacheLine>());
-        Ahead { bytes, run, stride, a_tile: (runs * run).div_ceil(tiles), lines: 0..runs * run }
+    /// For so many runs of `run` bytes, over so many steps.
+    fn new(bytes: &'a [u8], runs: usize, run: usize, stride: usize, steps: usize) -> Self {
+        let left = runs * run.div_ceil(size_of::<CacheLine>());
+        Ahead { bytes, at: 0, start: 0, run, stride, a_step: left.div_ceil(steps), left }
     }
 
-    fn tile(&mut self) {
-        for line in self.lines.by_ref().take(self.a_tile) {
-            prefetch_far(self.bytes, line / self.run * self.stride + line % self.run * size_of::<CacheLine>());
+    #[inline]
+    fn step(&mut self) {
+        for _ in 0..self.a_step.min(self.left) {
+            prefetch_far(self.bytes, self.at);
+            self.left -= 1;
+            self.at += size_of::<CacheLine>();
+            if self.at >= self.start + self.run {
+                self.start += self.stride;
+                self.at = self.start;
+            }
         }
     }
 }
 
-/// `products[rows, n] += x . w^T` of a panel of rows and the panels of `n` channels, of so many lines a row; `on_tile`
-/// is called before each tile.
+/// `products[rows, n] += x . w^T` of a panel of rows and the panels of `n` channels, of so many lines a row; `on_line`
+/// is called at each line of a tile.
 fn multiply<P: Path>(
     path: P,
     x: &[CacheLine],
     w: &[CacheLine],
     lines: usize,
     products: &mut [f32],
-    mut on_tile: impl FnMut(),
+    mut on_line: impl FnMut(),
 ) {
     let (rows, n) = (x.len() / lines, w.len() / lines);
     let mut sums = [[0.0; CHANNELS]; MOST_ROWS];
     for (channel, w) in (0..n).step_by(CHANNELS).zip(w.chunks_exact(CHANNELS * lines)) {
-        on_tile();
-        path.tile(x, w, &mut sums[..rows]);
+        path.tile(x, w, &mut sums[..rows], &mut on_line);
         for (products, sums) in products.chunks_exact_mut(n).zip(&sums) {
             products[channel..][..CHANNELS].iter_mut().zip(sums).for_each(|(product, sum)| *product += sum);
         }

@@ -52,11 +52,14 @@ impl Path for Portable {
         }
     }
 
-    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
+    fn tile(self, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], mut on_line: impl FnMut()) {
         let rows = sums.len();
         for (row, out) in sums.iter_mut().enumerate() {
             let mut sums = [[0f32; LANES]; CHANNELS];
             for (x, w) in x.chunks_exact(rows).zip(w.as_chunks::<CHANNELS>().0) {
+                if row == 0 {
+                    on_line();
+                }
                 let x: [[f32; LANES]; 2] = cast(x[row]);
                 for (sums, &w) in sums.iter_mut().zip(w) {
                     let w: [[f32; LANES]; 2] = cast(w);

@@ -45,9 +45,9 @@ pub fn row(_: Avx512, x: &[bf16], w: Slice, k: usize, y: &mut [f32]) {
 }
 
 /// [`avx512::tile`].
-pub fn tile(_: Avx512, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile(_: Avx512, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], on_line: impl FnMut()) {
     // SAFETY: an `Avx512` exists only where its features were detected.
-    unsafe { avx512::tile(x, w, sums) }
+    unsafe { avx512::tile(x, w, sums, on_line) }
 }
 
 /// [`avx2::decode`].
@@ -63,9 +63,9 @@ pub fn row_f32(_: Avx2, x: &[f32], w: Slice, k: usize, y: &mut [f32]) {
 }
 
 /// [`avx2::tile`].
-pub fn tile_f32(_: Avx2, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]]) {
+pub fn tile_f32(_: Avx2, x: &[CacheLine], w: &[CacheLine], sums: &mut [[f32; CHANNELS]], on_line: impl FnMut()) {
     // SAFETY: an `Avx2` exists only where its features were detected.
-    unsafe { avx2::tile(x, w, sums) }
+    unsafe { avx2::tile(x, w, sums, on_line) }
 }
 
 /// [`x86::products_bf16`].

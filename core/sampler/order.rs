@@ -52,25 +52,31 @@ pub(super) fn keep_top_k(keys: &mut Vec<Key>, k: usize) {
     }
 }
 
+/// Buckets that the order is cut into by [`keep_top_p`]: 32 an octave of values.
+const BUCKETS: usize = 1 << 14;
+
 /// Keeps the shortest prefix of the ordered keys whose weights reach `top_p` of the weights of all, at least one key.
-/// Sorts only as far as it has to read.
+/// Sums buckets of neighbours first, and sorts only the one that the prefix ends in.
 pub(super) fn keep_top_p(keys: &mut Vec<Key>, top_p: f32, weight: impl Fn(f32) -> f32) {
-    let weight = |&key: &Key| f64::from(weight(value(key)));
-    let wanted = f64::from(top_p) * keys.iter().map(weight).sum::<f64>();
-    let (mut sorted, mut chunk, mut mass) = (0, 64, 0.0);
-    while sorted < keys.len() {
-        let end = keys.len().min(sorted + chunk);
-        if end < keys.len() {
-            keys[sorted..].select_nth_unstable(end - sorted);
-        }
-        keys[sorted..end].sort_unstable();
-        for i in sorted..end {
-            mass += weight(&keys[i]);
-            if mass >= wanted {
-                return keys.truncate(i + 1);
-            }
-        }
-        (sorted, chunk) = (end, chunk * 4);
+    let bucket = |key: Key| (key >> 32) as usize / ((1 << 32) / BUCKETS);
+    let weight = |key: Key| f64::from(weight(value(key)));
+    let mut masses = vec![0.0; BUCKETS];
+    keys.iter().for_each(|&key| masses[bucket(key)] += weight(key));
+    let wanted = f64::from(top_p) * masses.iter().sum::<f64>();
+    let (mut end, mut before) = (0, 0.0);
+    while end + 1 < BUCKETS && before + masses[end] < wanted {
+        before += masses[end];
+        end += 1;
+    }
+    let mut edge: Vec<Key> = keys.iter().copied().filter(|&key| bucket(key) == end).collect();
+    edge.sort_unstable();
+    let last = edge.iter().position(|&key| {
+        before += weight(key);
+        before >= wanted
+    });
+    // Where rounding leaves the sum a little short, all of the bucket stays.
+    if let Some(&last) = last.map_or(edge.last(), |last| edge.get(last)) {
+        keys.retain(|&key| key <= last);
     }
 }
 
@@ -108,7 +114,7 @@ mod tests {
         assert_eq!(kept(&weights, 0.75), [1, 3]);
         assert_eq!(kept(&weights, 0.875), [1, 3, 0]);
         assert_eq!(kept(&weights, 0.875f32.next_up()), [1, 3, 0, 2]);
-        assert_eq!(kept(&[1.0; 1024], 0.5), (0..512).collect::<Vec<_>>(), "over several chunks");
+        assert_eq!(kept(&[1.0; 1024], 0.5), (0..512).collect::<Vec<_>>(), "all of them in one bucket");
         assert_eq!(kept(&[1.0; 1024], 0.5f32.next_up()).len(), 513);
     }
 }

@@ -7,7 +7,8 @@
     python llama_server.py measure --quaver QUAVER --llama-server LLAMA_SERVER MODEL MODEL.gguf
 
 `gguf` writes the same weights as Q8_0, norms as f32. `measure` starts both servers, warms them up, lets each rest while
-the other is asked, and prints the output tokens a second and the time to the first token of 1 and of 16 streams.
+the other is asked, and prints the output tokens a second and the time to the first token of 1 and of 16 streams, sampled alike
+(llama-server's defaults), and the median of the ratios of runs that followed one another: machines are noisy.
 """
 
 import argparse
@@ -145,9 +146,9 @@ async def by_openai(port, streams, words, tokens, requests, seed):
         async def ask(prompt):
             async with turn:
                 begin, count = time.monotonic(), 0
-                extra = {"ignore_eos": True}
                 stream = await client.completions.create(
-                    model=model, prompt=prompt, max_tokens=tokens, stream=True, temperature=1, extra_body=extra
+                    model=model, prompt=prompt, max_tokens=tokens, stream=True, temperature=1, top_p=0.95,
+                    extra_body={"ignore_eos": True, "top_k": 40, "min_p": 0.05},
                 )
                 async for event in stream:
                     if event.choices:
@@ -191,7 +192,7 @@ def measure(args):
         }
         print("| client | streams | server | output tok/s | first token, ms |\n|---|---|---|---|---|")
         for client, ask in clients.items():
-            for streams, requests in [(1, 3), (16, 16)]:
+            for streams, requests in [(1, 1), (16, 16)]:
                 figures = {name: [] for name in servers}
                 for repeat in range(args.repeats):
                     for name, (_, port) in servers.items():
@@ -199,6 +200,9 @@ def measure(args):
                 for name, runs in figures.items():
                     speed, first = (statistics.median(column) for column in zip(*runs))
                     print(f"| {client} | {streams} | {name} | {speed:.1f} | {first:.0f} |", flush=True)
+                ours, theirs = figures.values()
+                ratio = statistics.median(a[0] / b[0] for a, b in zip(ours, theirs))
+                print(f"| {client} | {streams} | ratio, median of pairs | {ratio:.2f} | |", flush=True)
     finally:
         for process in running.values():
             process.kill()

@@ -108,6 +108,15 @@ fn a_request_that_takes_too_long_ends_in_an_error_also_within_a_stream() {
     );
     let last = chunks(server.stream(CHAT, &endless())).pop().unwrap();
     assert_eq!(last["error"]["code"], "timeout");
+    // A response's error is an event of its own kind; this one waits behind another.
+    let before = server.stream(CHAT, &endless());
+    let behind = server.stream("/v1/responses", &json!({"input": "Who is Captain Hook?"}));
+    let lines: Vec<String> = behind.lines().map(Result::unwrap).filter(|line| !line.is_empty()).collect();
+    let [.., name, data] = &lines[..] else { panic!("no event in {lines:?}") };
+    let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+    assert_eq!((name.as_str(), &data["type"], &data["code"]), ("event: error", &json!("error"), &json!("timeout")));
+    assert_eq!(data["sequence_number"], lines.len() / 2 - 1);
+    drop(before);
     server.wait_until(|server| server.metric("quaver:kv_pages_used") == 0.0);
     server.wait_until(|server| is_logged(server, &["gave 200 after", "written: the request is not done after 1 s"]));
     // The time runs before the engine has anything: while a form is compiled, which here is none.

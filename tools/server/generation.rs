@@ -135,7 +135,8 @@ impl Generation {
             tickets.push(Some(ticket));
             let text = match model.text.tokenizer() {
                 Ok(tokenizer) => {
-                    Some(AnswerText::new(tokenizer.detokenizer(order.writing.skip_special), stops.clone()))
+                    let detokenizer = tokenizer.detokenizer(order.writing.skip_special);
+                    Some(AnswerText::new(detokenizer, stops.clone(), order.params.min_tokens))
                 }
                 Err(_) => None,
             };

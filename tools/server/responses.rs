@@ -247,4 +247,9 @@ impl Chunks for Stream {
             self.event(name, json!({"response": response})),
         ]
     }
+
+    fn error(&mut self, error: &ApiError) -> Chunk {
+        let error = &error.json()["error"];
+        self.event("error", json!({"code": error["code"], "message": error["message"], "param": error["param"]}))
+    }
 }

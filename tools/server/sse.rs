@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream::unfold;
 use serde_json::Value;
 
-use super::error::ApiResult;
+use super::error::{ApiError, ApiResult};
 use super::generation::{Delta, Generation};
 
 /// Between two comments.
@@ -24,6 +24,10 @@ pub trait Chunks: Send + 'static {
     fn delta(&mut self, generation: &Generation, delta: Delta) -> ApiResult<Vec<Chunk>>;
     /// Behind the last.
     fn end(&mut self, generation: &Generation) -> Vec<Chunk>;
+    /// For an error behind which nothing comes.
+    fn error(&mut self, error: &ApiError) -> Chunk {
+        error.json().into()
+    }
     /// The word behind the last chunk, where the API has one.
     const DONE: Option<&'static str> = Some("[DONE]");
 }
@@ -80,7 +84,7 @@ impl<C: Chunks> Stream<C> {
                 // The status is long gone: the error is data, and the stream ends.
                 Err(error) => {
                     self.is_over = true;
-                    self.ready.push_back(Chunk::from(error.json()).event());
+                    self.ready.push_back(self.chunks.error(&error).event());
                 }
             }
             if self.is_over {

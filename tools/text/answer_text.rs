@@ -8,17 +8,24 @@ use super::{Detokenizer, Piece, StopStrings};
 pub struct AnswerText {
     detokenizer: Detokenizer,
     stops: StopStrings,
+    /// Tokens that no stop string can end the text in.
+    unstopped: usize,
 }
 
 impl AnswerText {
-    /// From its parts, for one answer.
-    pub fn new(detokenizer: Detokenizer, stops: StopStrings) -> Self {
-        AnswerText { detokenizer, stops }
+    /// From its parts, for one answer, of which at least `min_tokens` come.
+    pub fn new(detokenizer: Detokenizer, stops: StopStrings, min_tokens: usize) -> Self {
+        AnswerText { detokenizer, stops, unstopped: min_tokens }
     }
 
     /// Takes the next token and gives the text that is certain now.
     pub fn push(&mut self, id: u32) -> Result<Piece> {
-        Ok(self.stops.push(&self.detokenizer.push(id)?))
+        let text = self.detokenizer.push(id)?;
+        if self.unstopped > 0 {
+            self.unstopped -= 1;
+            return Ok(Piece { text, stopped: None });
+        }
+        Ok(self.stops.push(&text))
     }
 
     /// Ends the answer and gives what was held back.

@@ -163,6 +163,9 @@ fn adversaries(list: &mut List) {
         let codes = (0..33 * 512).map(|_| (rng.below(8) + 128 * rng.below(2)) as u8).collect();
         with_codes(rng, shape, &x, codes)
     });
+    for m in [1, 17] {
+        list.add("linear", format!("nan_in_the_last_row_m{m}"), move |_| nan_row(m));
+    }
     for x in [STATIC, ActKind::PerToken, ActKind::Bf16] {
         list.add("linear", format!("outlier_channels_{}", x.name()), move |rng| {
             let shape = Shape { x, m: 17, n: 33, k: 2048, ..PLAIN };
@@ -262,6 +265,21 @@ fn sums(x: &[f64], w: &[f64]) -> (f64, f64) {
         }
     }
     (sum.iter().sum(), size.iter().sum())
+}
+
+/// Small whole numbers, whose sums are exact, and a NaN among the codes of the last row: all of its results are NaN, and
+/// no other's.
+fn nan_row(m: usize) -> Problem {
+    let (n, k) = (33, 512);
+    let mut values: Vec<f32> = (0..m * k).map(|i| (i % 3) as f32 - 1.0).collect();
+    values[(m - 1) * k + 300] = f32::NAN;
+    let mut b = Builder::new(m, 0, 0);
+    let (x, _) = b.act_in(ActKind::Static(1.0), Axis::Rows, k, &values);
+    let (w, _) = b.fp8_weight(k, vec![e4m3::encode(1.0); n * k], &vec![1.0; n], &[]);
+    let out = b.output("out", DType::F32, Axis::Rows, n);
+    b.op(Op::Linear { x, w, out: Cols { buf: out, first: 0 }, add: false });
+    b.expect(out, Bound::Bytes);
+    b.finish()
 }
 
 /// Every code times every code: row i has code i in one place, channel j has code j there, and zeros elsewhere. A
