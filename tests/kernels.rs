@@ -7,7 +7,7 @@
 use std::process::Command;
 
 use quaver::parity::{self, Case, DEFAULT_SEED};
-use quaver_backends::cuda::compiler::{Compiler, Entry};
+use quaver_backends::cuda::compiler::{Assembled, Compiler, Entry};
 use quaver_backends::cuda::{Cuda, KERNELS, SCHEDULES, Variant, kernels_for};
 
 /// What cards of each kind are compiled for, and PTX for those that are newer.
@@ -20,12 +20,13 @@ fn every_kernel_compiles_for_every_target_without_spills() {
     for architecture in ARCHITECTURES {
         let compiler = Compiler::new(architecture);
         for kernel in kernels_for(architecture).unwrap() {
-            let (image, entries) = compiler.compile(kernel).unwrap();
+            let Assembled { image, entries, remarks } = compiler.compile(kernel).unwrap();
             assert!(!image.is_empty(), "{architecture} {}", kernel.name);
             if architecture.starts_with("compute") {
                 continue;
             }
             assert!(!entries.is_empty(), "{architecture} {}: the assembler says nothing", kernel.name);
+            assert!(remarks.is_empty(), "{architecture} {}: {}", kernel.name, remarks.join("; "));
             for Entry { name, registers, spills, stack, shared } in entries {
                 println!("{architecture:<12}{name:<28}{registers:>10}{spills:>8}{stack:>8}{shared:>8}");
                 assert_eq!((spills, stack), (0, 0), "{architecture} {name} keeps values in local memory");
@@ -34,25 +35,43 @@ fn every_kernel_compiles_for_every_target_without_spills() {
     }
 }
 
-/// How often an instruction, any of whose names begins so, stands in a kernel's machine code.
-fn instructions(architecture: &str, kernel: &str, names: &[&str]) -> usize {
+/// How often an instruction, any of whose names begins so, stands in the machine code of each entry point of a kernel file.
+fn instructions(architecture: &str, kernel: &str, names: &[&str]) -> Vec<(String, usize)> {
     let kernel = KERNELS.iter().find(|own| own.name == kernel).unwrap();
     let built = Compiler::new(architecture).build(kernel).unwrap();
     let output = Command::new("nvdisasm").arg("-c").arg(built.path).output().expect("nvdisasm is on the PATH");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let code = String::from_utf8(output.stdout).unwrap();
-    let words = code.split(|c: char| !c.is_ascii_alphanumeric());
-    words.filter(|word| names.contains(word)).count()
+    let listing = String::from_utf8(output.stdout).unwrap();
+    let sections: Vec<_> = listing.split(".section\t.text.").skip(1).collect();
+    assert!(!sections.is_empty(), "{architecture} {}: nvdisasm finds no code", kernel.name);
+    let count = |section: &str| {
+        let (name, code) = section.split_once(',').unwrap();
+        let words = code.split(|c: char| !c.is_ascii_alphanumeric());
+        (name.to_owned(), words.filter(|word| names.contains(word)).count())
+    };
+    sections.into_iter().map(count).collect()
 }
 
 #[test]
 #[ignore = "needs NVRTC and nvdisasm"]
-fn fp8_products_are_the_tensor_cores_own() {
-    assert!(instructions("sm_89", "sm89_linear_e4m3", &["QMMA"]) > 0);
-    assert!(instructions("sm_90a", "sm90_linear_e4m3", &["QGMMA"]) > 0);
+fn products_are_the_tensor_cores_own_in_every_entry_point() {
+    for (architecture, kernel, name) in [
+        ("sm_80", "sm80_linear", "HMMA"),
+        ("sm_80", "sm80_gemv", "HMMA"),
+        ("sm_80", "sm80_attend", "HMMA"),
+        ("sm_89", "sm89_linear_e4m3", "QMMA"),
+        ("sm_89", "sm89_peak", "QMMA"),
+        ("sm_90a", "sm90_linear_e4m3", "QGMMA"),
+        ("sm_90a", "sm90_peak", "QGMMA"),
+    ] {
+        for (entry, count) in instructions(architecture, kernel, &[name]) {
+            assert!(count > 0, "{architecture} {entry} has no {name}");
+        }
+    }
     // On Hopper mma.sync is emulated: a control that the names mean what they say.
-    assert_eq!(instructions("sm_90a", "sm89_linear_e4m3", &["QMMA", "QGMMA"]), 0);
-    assert!(instructions("sm_80", "sm80_linear", &["HMMA"]) > 0);
+    for (entry, count) in instructions("sm_90a", "sm89_linear_e4m3", &["QMMA", "QGMMA"]) {
+        assert_eq!(count, 0, "{entry}");
+    }
 }
 
 #[test]
@@ -60,7 +79,9 @@ fn fp8_products_are_the_tensor_cores_own() {
 fn no_kernel_touches_local_memory() {
     for architecture in ARCHITECTURES.into_iter().filter(|architecture| architecture.starts_with("sm")) {
         for kernel in kernels_for(architecture).unwrap() {
-            assert_eq!(instructions(architecture, kernel.name, &["LDL", "STL"]), 0, "{architecture} {}", kernel.name);
+            for (entry, count) in instructions(architecture, kernel.name, &["LDL", "STL"]) {
+                assert_eq!(count, 0, "{architecture} {entry}");
+            }
         }
     }
 }
@@ -166,6 +187,21 @@ fn planted_races_are_caught() {
         });
         let (schedule, why) = caught.unwrap_or_else(|| panic!("{name} without {from:?} passes every schedule"));
         println!("{name} without {from:?}: schedule {schedule}: {why}");
+    }
+}
+
+#[test]
+fn a_block_of_more_shared_memory_than_cards_have_is_caught() {
+    let case = case("linear::fp8_per_token_m130_n33_k256");
+    let source = KERNELS.iter().find(|kernel| kernel.name == "sm89_linear_e4m3").unwrap().source;
+    // A launch asks for 80 KiB; 99 are there.
+    for (kib, is_caught) in [(19, false), (20, true)] {
+        let more = format!("LAUNCH_SHARED(shared); SHARED(u8, more, {kib} << 10); (void)more;");
+        assert!(source.contains("LAUNCH_SHARED(shared);"), "the kernel has no shared memory any more");
+        let changed = source.replacen("LAUNCH_SHARED(shared);", &more, 1);
+        let why = fault(&case, Cuda::emulated_with(&[("sm89_linear_e4m3", changed)], Variant::Sm89, 0));
+        let said = why.as_ref().is_some_and(|why| why.contains("102400 bytes of shared memory; at most 101376"));
+        assert_eq!((said, why.is_some()), (is_caught, is_caught), "{kib} KiB more: {why:?}");
     }
 }
 

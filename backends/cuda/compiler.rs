@@ -46,6 +46,16 @@ pub struct Entry {
     pub shared: u32,
 }
 
+/// A kernel file compiled anew, and what the assembler says of it.
+pub struct Assembled {
+    /// A cubin, or PTX, of which the assembler says nothing.
+    pub image: Vec<u8>,
+    /// Its entry points.
+    pub entries: Vec<Entry>,
+    /// What else it remarks: that products of a warpgroup wait for each other, or that it adds waits which are not written.
+    pub remarks: Vec<String>,
+}
+
 /// Compiles for one architecture.
 pub struct Compiler {
     /// As the option names it: `sm_90a`, `compute_89`.
@@ -107,11 +117,11 @@ impl Compiler {
         Ok(Built { image, is_new: true, path })
     }
 
-    /// A kernel file compiled anew, and what the assembler says of its entry points.
-    pub fn compile(&self, kernel: &Kernel) -> Result<(Vec<u8>, Vec<Entry>)> {
+    /// A kernel file compiled anew, whatever the cache holds.
+    pub fn compile(&self, kernel: &Kernel) -> Result<Assembled> {
         let nvrtc = self.nvrtc.ok_or_else(|| Error::device("cuda", MISSING))?;
         let Compiled { image, log } = self.run(nvrtc, kernel)?;
-        Ok((image, entries(&log)))
+        Ok(Assembled { image, entries: entries(&log), remarks: remarks(&log) })
     }
 
     fn run(&self, nvrtc: Nvrtc, kernel: &Kernel) -> Result<Compiled> {
@@ -194,6 +204,11 @@ fn entries(log: &str) -> Vec<Entry> {
     entries
 }
 
+/// The lines of an assembler's log that it numbers as remarks.
+fn remarks(log: &str) -> Vec<String> {
+    log.lines().filter(|line| line.starts_with("ptxas") && line.contains(": (C")).map(str::to_owned).collect()
+}
+
 /// NVRTC, where this machine has it: in `CUDA_HOME`'s or `CUDA_PATH`'s folder, in /usr/local/cuda, in a Python
 /// environment, or where the system's loader looks.
 pub fn nvrtc() -> Option<Nvrtc> {
@@ -258,6 +273,10 @@ mod tests {
                    ptxas info    : Used 209 registers, used 1 barriers, 128 bytes smem, 452 bytes cmem[0]\n";
         let entry = Entry { name: "attend".into(), registers: 209, spills: 24, stack: 24, shared: 128 };
         assert_eq!(entries(log), [entry]);
+        assert!(remarks(log).is_empty());
+        let remark = "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to \
+                      insufficient register resources for the wgmma pipeline in the function 'sm90_linear_e4m3_64'";
+        assert_eq!(remarks(&format!("k.cu(77): warning #177-D\n{remark}\n{log}")), [remark]);
     }
 
     #[test]

@@ -40,6 +40,7 @@ u64 exchange(u64 word, u32 lane);
 
 // Shared memory: a place for an array that every block has, what the launch asked for, and addresses of 32 bits.
 u32 reserve(u32 bytes);
+u8* array(u32 at, u32 bytes);
 u8* shared(u32 at);
 u8* launch_shared();
 u32 address_of(const void* p);
@@ -94,7 +95,7 @@ struct Entry { Entry(const char* name, Launcher launcher, u32 arguments); };
                                                         emulator::Call<&name>::arguments);
 #define SHARED(type, name, count) \
   static const u32 place_of_##name = emulator::reserve(sizeof(type) * (count)); \
-  type* const name = (type*)emulator::shared(place_of_##name)
+  type* const name = (type*)emulator::array(place_of_##name, sizeof(type) * (count))
 #define LAUNCH_SHARED(name) u8* const name = emulator::launch_shared()
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
