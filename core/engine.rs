@@ -277,7 +277,7 @@ impl Engine {
     pub fn new(checkpoint: &Checkpoint, mut backend: Box<dyn Backend>, options: &EngineOptions) -> Result<Self> {
         let sizes = sizes(checkpoint, options)?;
         if let Some(have) = backend.budget() {
-            MemoryPlan::new(checkpoint, options)?.fits(have)?;
+            MemoryPlan::new(checkpoint, options, Some(&*backend))?.fits(have)?;
         }
         let llama = Llama::load(checkpoint, &mut *backend, options.profile, options.kv_cache, sizes)?;
         let pages = Pages::new(sizes.pages, PAGE_TOKENS);

@@ -501,6 +501,16 @@ pub trait Backend: Send {
         None
     }
 
+    /// Bytes that recording a program takes besides its buffers, whose descriptions these are, and that all programs over
+    /// them share.
+    ///
+    /// # Errors
+    /// Where the program cannot be recorded.
+    fn scratch(&self, program: &Program, buffers: &[BufDesc]) -> Result<u64> {
+        let _ = (program, buffers);
+        Ok(0)
+    }
+
     /// A new buffer, zeroed. Buffers are numbered from 0 in the order in which `alloc` and `load` made them, so that
     /// one numbering serves the same program on several backends.
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf>;

@@ -7,12 +7,13 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use proptest::prelude::*;
-use quaver_backends::{Kind, Spec};
+use quaver_backends::{Kind, Spec, open};
 use quaver_core::batch::Batch;
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::engine::{Engine, EngineOptions, FinishReason, Output, RequestId, Token};
 use quaver_core::guide::Guide;
 use quaver_core::llama::{KvCache, Profile};
+use quaver_core::plan::MemoryPlan;
 use quaver_core::sampler::{RowParams, SamplingParams};
 use quaver_core::service::Service;
 use support::checkpoints;
@@ -66,12 +67,12 @@ fn bits(tokens: &[Token]) -> Vec<Bits> {
 }
 
 fn engine_on(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
-    Engine::new(checkpoint, quaver_backends::open(spec).unwrap(), options).unwrap()
+    Engine::new(checkpoint, open(spec).unwrap(), options).unwrap()
 }
 
 /// The same, with the next step queued before the last one is settled.
 fn queued(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
-    Engine::new(checkpoint, Box::new(Queued(quaver_backends::open(spec).unwrap())), options).unwrap()
+    Engine::new(checkpoint, Box::new(Queued(open(spec).unwrap())), options).unwrap()
 }
 
 fn engine(checkpoint: &Checkpoint, options: &EngineOptions) -> Engine {
@@ -337,6 +338,21 @@ fn chunks_of_a_prompt_and_threads_do_not_change_a_bit_of_the_demo_model() {
     for (rows, threads) in [(1, 1), (7, 2), (33, 2), (512, 2)] {
         assert!(run(rows, threads) == want, "chunks of {rows} on {threads} threads");
     }
+}
+
+#[test]
+fn the_memory_plan_counts_what_a_device_takes_beside_the_buffers() {
+    let tiny = tiny();
+    let options = EngineOptions { max_num_batched_tokens: 64, max_num_seqs: 4, ..EngineOptions::default() };
+    let cuda = open(&Spec { kind: Kind::CudaEmulated, ..Spec::default() }).unwrap();
+    let plan = |device| MemoryPlan::new(&tiny.checkpoint, &options, device).unwrap();
+    let (bare, whole) = (plan(None), plan(Some(&*cuda)));
+    // A part of each row's context and head: its sums, and what belongs to them. 64 rows are not split.
+    let heads = tiny.checkpoint.config().heads;
+    assert_eq!(whole.scratch - bare.scratch, 64 * heads.q * (heads.dim + 4) * 4);
+    assert!(bare.fits(bare.total() as u64).is_ok());
+    let error = whole.fits(bare.total() as u64).unwrap_err();
+    assert!(error.to_string().contains(&format!("{} bytes", whole.total())), "{error}");
 }
 
 // ---- scores of the prompt
@@ -789,7 +805,7 @@ fn absurd_options_are_errors() {
     let open = |change: &dyn Fn(&mut EngineOptions)| {
         let mut options = EngineOptions::default();
         change(&mut options);
-        Engine::new(&tiny.checkpoint, quaver_backends::open(&cpu()).unwrap(), &options).map(|mut engine| {
+        Engine::new(&tiny.checkpoint, open(&cpu()).unwrap(), &options).map(|mut engine| {
             assert_eq!(ask(&mut engine, &[1, 2, 3], &greedy(4)).tokens.len(), 4);
             engine
         })
@@ -833,7 +849,7 @@ fn a_cache_larger_than_memory_is_an_error() {
     model.change("o_proj.weight", |_| zeros(&[32, 4 * 4096]));
     let options = EngineOptions { max_num_seqs: 4096, kv_cache_memory: u64::MAX, ..EngineOptions::default() };
     let opened = model.open();
-    let result = Engine::new(&opened.checkpoint, quaver_backends::open(&cpu()).unwrap(), &options);
+    let result = Engine::new(&opened.checkpoint, open(&cpu()).unwrap(), &options);
     assert_eq!(
         result.err().unwrap().to_string(),
         "cpu: there is no memory for the 1125899906580480 bytes of model.layers.0.k_cache; lower --max-model-len, \
