@@ -62,8 +62,13 @@ impl Default for EngineOptions {
 /// Tokens a page of the KV cache: the granularity of sharing and of waste; vLLM's default as well.
 pub const PAGE_TOKENS: usize = 16;
 
-/// Rows that the head runs on at once: bounds the logits to 64 x vocabulary.
-const MAX_WANTED: usize = 64;
+/// Rows that the head runs on at once, at least and at most: as many as there can be sequences, so that a step reads its
+/// weight once.
+const LEAST_WANTED: usize = 64;
+const MOST_WANTED: usize = 256;
+/// Bytes of the logits of more than [`LEAST_WANTED`] rows, at most: what every adapter binds at once (WebGPU,
+/// `maxStorageBufferBindingSize`). 256 rows of Llama 3's vocabulary take 131 MB.
+const MOST_LOGITS: usize = 128 << 20;
 
 /// Bounds of the options, many times what serving takes: buffers grow with either.
 const MAX_NUM_SEQS: usize = 1 << 12;
@@ -697,7 +702,14 @@ pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<
     }
     let sequences = sequences.min(pages);
     let rows = rows.max(sequences).min(tokens);
-    Ok(Sizes { rows, wanted: MAX_WANTED.min(rows), sequences, context, pages, page_tokens: PAGE_TOKENS })
+    let wanted = wanted_rows(sequences, config.vocab).min(rows);
+    Ok(Sizes { rows, wanted, sequences, context, pages, page_tokens: PAGE_TOKENS })
+}
+
+/// Rows that the head runs on at once.
+fn wanted_rows(sequences: usize, vocab: usize) -> usize {
+    let most = (MOST_LOGITS / (4 * vocab)).clamp(LEAST_WANTED, MOST_WANTED);
+    sequences.clamp(LEAST_WANTED, most)
 }
 
 /// Bytes of a page of the KV cache, over all layers.
@@ -719,4 +731,23 @@ fn bounded(name: &'static str, value: usize, most: usize, allowed: &'static str)
 /// A seed where the user gave none: the standard library's per-process random keys.
 fn random_seed() -> u64 {
     RandomState::new().hash_one(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_head_runs_once_a_step_where_its_logits_fit() {
+        for (sequences, vocab, rows) in [
+            (1, 128_256, 64),
+            (100, 128_256, 100),
+            (256, 128_256, 256),
+            (4096, 256, 256),
+            (256, 262_144, 128),
+            (256, 1 << 20, 64),
+        ] {
+            assert_eq!(wanted_rows(sequences, vocab), rows, "{sequences} sequences, {vocab} tokens");
+        }
+    }
 }

@@ -341,6 +341,24 @@ fn chunks_of_a_prompt_and_threads_do_not_change_a_bit_of_the_demo_model() {
 }
 
 #[test]
+fn more_sequences_than_one_head_used_to_take_equal_each_alone() {
+    let tiny = tiny();
+    let prompts: Vec<Vec<u32>> = (0..100).map(|i| Random(i).ids(1 + i as usize % 7)).collect();
+    let plan = |options: &EngineOptions| MemoryPlan::new(&tiny.checkpoint, options, None).unwrap();
+    let options = EngineOptions { max_num_seqs: 100, ..EngineOptions::default() };
+    assert_eq!((plan(&one()).sizes.wanted, plan(&options).sizes.wanted), (64, 100));
+    let logits = 4 * VOCAB * (100 - 64);
+    assert!(plan(&options).scratch > plan(&one()).scratch + logits, "the logits are counted");
+    let mut engine = engine(&tiny.checkpoint, &options);
+    let ids: Vec<_> = prompts.iter().map(|prompt| engine.submit(prompt, greedy(5)).unwrap()).collect();
+    let mut answers = finish(&mut engine);
+    let mut alone = engine_on(&tiny.checkpoint, &cpu(), &one());
+    for (id, prompt) in ids.into_iter().zip(&prompts).step_by(9) {
+        assert_eq!(answers.remove(&id).unwrap().bits(), ask(&mut alone, prompt, &greedy(5)).bits());
+    }
+}
+
+#[test]
 fn the_memory_plan_counts_what_a_device_takes_beside_the_buffers() {
     let tiny = tiny();
     let options = EngineOptions { max_num_batched_tokens: 64, max_num_seqs: 4, ..EngineOptions::default() };
