@@ -5,6 +5,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 use quaver_backends::{Kind, Spec, open};
@@ -14,7 +15,7 @@ use quaver_core::engine::{Engine, EngineOptions, FinishReason, Output, RequestId
 use quaver_core::guide::Guide;
 use quaver_core::llama::{KvCache, Profile};
 use quaver_core::plan::MemoryPlan;
-use quaver_core::sampler::{RowParams, SamplingParams};
+use quaver_core::sampler::{Mask, RowParams, Sampled, SamplingParams};
 use quaver_core::service::Service;
 use support::checkpoints;
 use support::queued::Queued;
@@ -72,7 +73,7 @@ fn engine_on(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> E
 
 /// The same, with the next step queued before the last one is settled.
 fn queued(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
-    Engine::new(checkpoint, Box::new(Queued(open(spec).unwrap())), options).unwrap()
+    Engine::new(checkpoint, Box::new(Queued::new(open(spec).unwrap())), options).unwrap()
 }
 
 fn engine(checkpoint: &Checkpoint, options: &EngineOptions) -> Engine {
@@ -645,7 +646,7 @@ fn biases_move_the_choice_and_leave_log_probabilities_alone() {
 }
 
 #[test]
-fn tokens_that_the_host_chose_are_penalized_by_the_device_as_well() {
+fn tokens_before_min_tokens_are_penalized_as_others() {
     let tiny = tiny();
     let mut engine = engine(&tiny.checkpoint, &one());
     let penalized = SamplingParams { repetition_penalty: 1.8, frequency_penalty: 1.5, ignore_eos: true, ..greedy(30) };
@@ -654,7 +655,7 @@ fn tokens_that_the_host_chose_are_penalized_by_the_device_as_well() {
     assert_ne!(want.ids(), free.ids(), "the penalties change nothing here");
     for min_tokens in [1, 4, 29] {
         let answer = ask(&mut engine, &[5, 6, 7], &SamplingParams { min_tokens, ..penalized.clone() });
-        assert_eq!(answer.bits(), want.bits(), "the first {min_tokens} chosen on the host");
+        assert_eq!(answer.bits(), want.bits(), "the first {min_tokens} under a mask");
     }
 }
 
@@ -699,16 +700,135 @@ fn no_end_comes_before_min_tokens() {
 struct Spell(Vec<u32>);
 
 impl Guide for Spell {
-    fn mask(&mut self, logits: &mut [f32]) -> quaver_core::Result<()> {
+    fn mask(&mut self, mask: &mut Mask) -> quaver_core::Result<()> {
         let allowed = self.0.first().copied();
-        let others = logits.iter_mut().zip(0u32..).filter(|(_, id)| Some(*id) != allowed);
-        others.for_each(|(logit, _)| *logit = f32::NEG_INFINITY);
+        (0..VOCAB as u32).filter(|id| Some(*id) != allowed).for_each(|id| mask.forbid(id));
         Ok(())
     }
 
     fn advance(&mut self, token: u32) -> quaver_core::Result<ControlFlow<()>> {
         assert_eq!(self.0.remove(0), token);
         Ok(if self.0 == [0] { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+}
+
+/// Allows every third token, those that follow on the last one, and fails behind so many.
+struct Thirds {
+    next: u32,
+    left: usize,
+}
+
+impl Guide for Thirds {
+    fn mask(&mut self, mask: &mut Mask) -> quaver_core::Result<()> {
+        if self.left == 0 {
+            return Err(quaver_core::Error::text("guide", "it has failed"));
+        }
+        (0..VOCAB as u32).filter(|id| id % 3 != self.next).for_each(|id| mask.forbid(id));
+        Ok(())
+    }
+
+    fn advance(&mut self, token: u32) -> quaver_core::Result<ControlFlow<()>> {
+        assert_eq!(token % 3, self.next);
+        (self.next, self.left) = ((self.next + token) % 3, self.left - 1);
+        Ok(ControlFlow::Continue(()))
+    }
+}
+
+/// A third of the vocabulary by turns, for so many tokens.
+fn thirds(left: usize) -> Option<Box<dyn Guide>> {
+    Some(Box::new(Thirds { next: 1, left }))
+}
+
+#[test]
+fn guided_requests_beside_others_get_what_each_gets_alone_on_every_backend() {
+    let tiny = Tiny::fp8(Inputs::Dynamic).open();
+    let options = EngineOptions {
+        deterministic: true,
+        max_num_batched_tokens: 16,
+        max_num_seqs: 4,
+        profile: Profile::Exact,
+        ..EngineOptions::default()
+    };
+    let sampled = SamplingParams { temperature: 1.3, top_p: 0.9, seed: Some(3), ignore_eos: true, ..greedy(6) };
+    let penalized = SamplingParams { frequency_penalty: 1.5, repetition_penalty: 1.2, top_k: 20, ..sampled.clone() };
+    let biased = SamplingParams { logit_bias: vec![(7, 3.0), (9, -100.0)], ..sampled.clone() };
+    let early = SamplingParams { min_tokens: 3, stop_token_ids: (100..VOCAB as u32).collect(), ..greedy(6) };
+    let requests = [
+        (greedy(6), true),
+        (greedy(6), false),
+        (sampled.clone(), true),
+        (sampled, false),
+        (penalized.clone(), true),
+        (penalized, false),
+        (biased.clone(), true),
+        (biased, false),
+        (early.clone(), true),
+        (early, false),
+    ];
+    let prompt = |i: usize| Random(i as u64 / 2).ids(3 + 5 * i);
+    let submit = |engine: &mut Engine, i: usize| {
+        let (params, is_guided) = requests[i].clone();
+        engine.submit_guided(&prompt(i), params, if is_guided { thirds(6) } else { None }).unwrap()
+    };
+    let mut want: Option<Vec<Vec<u32>>> = None;
+    let specs = quaver_backends::variants();
+    let [reference, emulated] = [Kind::Reference, Kind::CudaEmulated].map(Spec::from);
+    let others = specs.iter().filter(|spec| spec.kind != Kind::Reference && spec.device == 0);
+    for spec in [&reference].into_iter().chain(others).chain([&emulated]) {
+        let spec = Spec { deterministic: true, ..spec.clone() };
+        let mut engine = queued(&tiny.checkpoint, &spec, &options);
+        let alone: Vec<_> = (0..requests.len())
+            .map(|i| {
+                let id = submit(&mut engine, i);
+                finish(&mut engine).remove(&id).unwrap()
+            })
+            .collect();
+        let ids: Vec<_> = (0..requests.len()).map(|i| submit(&mut engine, i)).collect();
+        let mut together = finish(&mut engine);
+        for (i, (id, alone)) in ids.into_iter().zip(&alone).enumerate() {
+            assert_eq!(together.remove(&id).unwrap().bits(), alone.bits(), "{spec}: request {i}");
+        }
+        let tokens: Vec<_> = alone.iter().map(Answer::ids).collect();
+        assert_eq!(want.get_or_insert_with(|| tokens.clone()), &tokens, "{spec}");
+    }
+    let want = want.unwrap();
+    assert!((0..requests.len()).step_by(2).all(|i| want[i] != want[i + 1]), "guides change nothing: {want:?}");
+}
+
+#[test]
+fn only_biases_bring_logits_to_the_host() {
+    let tiny = tiny();
+    let taken = |params: &SamplingParams, guide| {
+        let backend = Queued::new(open(&cpu()).unwrap());
+        let bytes = backend.taken.clone();
+        let mut engine = Engine::new(&tiny.checkpoint, Box::new(backend), &one()).unwrap();
+        engine.submit_guided(&[5, 6, 7], params.clone(), guide).unwrap();
+        finish(&mut engine);
+        bytes.load(Ordering::Relaxed)
+    };
+    let plain = SamplingParams { ignore_eos: true, ..greedy(5) };
+    let without = taken(&plain, None);
+    assert_eq!(without, 5 * size_of::<Sampled>());
+    assert_eq!(taken(&plain, thirds(9)), without);
+    let early = SamplingParams { min_tokens: 5, stop_token_ids: vec![7], ..plain.clone() };
+    assert_eq!(taken(&early, None), without);
+    let biased = SamplingParams { logit_bias: vec![(7, 1.0)], ..plain };
+    assert_eq!(taken(&biased, None), without + 5 * 4 * VOCAB);
+}
+
+#[test]
+fn a_guide_that_fails_fails_its_request_alone() {
+    let tiny = tiny();
+    for open in [engine_on, queued] {
+        let mut engine = open(&tiny.checkpoint, &cpu(), &EngineOptions::default());
+        let want = ask(&mut engine, &[9; 20], &greedy(20)).bits();
+        let failing =
+            engine.submit_guided(&[5; 30], SamplingParams { ignore_eos: true, ..greedy(9) }, thirds(3)).unwrap();
+        let free = engine.submit(&[9; 20], greedy(20)).unwrap();
+        let mut answers = finish(&mut engine);
+        let failed = &answers[&failing];
+        assert_eq!((failed.tokens.len(), failed.end.clone()), (3, Some(Err("guide: it has failed".to_owned()))));
+        assert_eq!(answers.remove(&free).unwrap().bits(), want);
     }
 }
 

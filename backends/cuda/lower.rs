@@ -82,8 +82,8 @@ impl Lower<'_> {
                 let args = [live, Arg::Buf(wanted), Arg::Buf(x), Arg::Buf(out), self.columns(out)];
                 vec![Kernel::new("gather", [self.rows(out), 1, 1], 256, args)]
             }
-            Op::Sample { logits, params, history, out } => {
-                let bufs = [logits, params, history, out].map(Arg::Buf);
+            Op::Sample { logits, params, mask, history, out } => {
+                let bufs = [logits, params, mask, history, out].map(Arg::Buf);
                 let args = [&[live], &bufs[..], &[self.columns(logits), self.stride(logits)]].concat();
                 vec![Kernel::new("sample", [self.rows(out), 1, 1], 1024, args)]
             }
