@@ -88,7 +88,7 @@ impl Cuda {
     pub fn emulated_with(kernels: &[(&str, String)], variant: Variant, schedule: usize) -> Result<Self> {
         // Few, so that tests see contexts in one part and in several.
         let tuning = Tuning { variant, processors: 8, most_splits: tuning::MOST_SPLITS };
-        let emulator = Emulator::start(&emulated::build(kernels)?, variant, schedule as u64)?;
+        let emulator = Emulator::start(&emulated::build(kernels, variant)?, variant, schedule as u64)?;
         Ok(Cuda::new(Box::new(emulator), tuning))
     }
 

@@ -521,6 +521,17 @@ float f16_value(u32 half) {
   return half & 0x8000 ? -size : size;
 }
 
+u32 f16_code(float x) {
+  u32 sign = __float_as_uint(x) >> 16 & 0x8000;
+  float size = fabsf(x);
+  if (x != x) return sign | 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  if (size < ldexpf(1, -14)) return sign | (u32)nearbyintf(ldexpf(size, 24));
+  int exponent;
+  u32 bits = (u32)nearbyintf(ldexpf(frexpf(size, &exponent), 11));
+  return sign | (((u32)(exponent + 13) << 10) + bits);
+}
+
 u32 bf16_code(float x) {
   u32 bits = __float_as_uint(x);
   return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
