@@ -214,7 +214,7 @@ fn every_kernel_that_decodes_knows_all_256_codes_with_and_without_instructions_f
 }
 
 /// A kernel, a case that runs it, and what is left out of it or put in its place.
-const PLANTED: [(&str, Variant, &str, &str, &str); 11] = [
+const PLANTED: [(&str, Variant, &str, &str, &str); 20] = [
     ("quantize", Variant::Sm80, "quantize::fp8_per_token_m17_k2048", "= x;\n  __syncthreads();", "= x;"),
     ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "at);\n    __syncthreads();", "at);"),
     ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "}\n    __syncthreads();", "}"),
@@ -232,7 +232,26 @@ const PLANTED: [(&str, Variant, &str, &str, &str); 11] = [
     ),
     ("sm90_linear_e4m3", Variant::Sm90, LONG, "wgmma_wait<0>();", ""),
     ("attend", Variant::Sm80, "attend::decode_m3_ctx129_gqa4", "__syncwarp();", ""),
+    ("sm80_attend", Variant::Sm80, TILED, "CHUNK) {\n    __syncthreads();", "CHUNK) {"),
+    ("sm80_attend", Variant::Sm80, TILED, "}\n    __syncthreads();\n    if (warp", "}\n    if (warp"),
+    ("sm80_gemv", Variant::Sm80, FEW, "__syncthreads();\n  if (!is_mine)", "if (!is_mine)"),
+    // Lanes without a share leave before the warp's sum.
+    (
+        "linear_gemv",
+        Variant::Sm80,
+        "linear::f32_x_fp8_add_m5_n7_k37",
+        "float sums[ROWS] = {};",
+        "if (lane * SIZE >= k) return;\n  float sums[ROWS] = {};",
+    ),
+    ("sample", Variant::Sm80, SAMPLED, "[i] = 0;\n      __syncthreads();", "[i] = 0;"),
+    ("sample", Variant::Sm80, SAMPLED, "weight(own));\n      }\n      __syncthreads();", "weight(own));\n      }"),
+    ("sample", Variant::Sm80, SAMPLED, "weights[i];\n      }\n      __syncthreads();", "weights[i];\n      }"),
+    ("sample", Variant::Sm80, SAMPLED, "x;\n  __syncthreads();\n  all = 0;", "x;\n  all = 0;"),
+    ("sample", Variant::Sm80, SAMPLED, "= own;\n    }\n    __syncthreads();", "= own;\n    }"),
 ];
+const FEW: &str = "linear::fp8_static_x_fp8_add_m5_n7_k37";
+const TILED: &str = "attend::bf16_over_bf16_to_f32_mixed_gqa4";
+const SAMPLED: &str = "sample::everything_w17";
 const SHORT: &str = "linear::fp8_static_x_fp8_m17_n49_k256";
 const LONG: &str = "linear::fp8_static_m17_n48_k2048";
 
