@@ -5,7 +5,7 @@ use bytemuck::cast_slice;
 use crate::error::{Error, Result};
 use crate::llama::Llama;
 use crate::op::{Backend, CHOSEN};
-use crate::sampler::RowParams;
+use crate::sampler::{Mask, RowParams};
 
 /// Rows of ragged sequences, and those of them whose logits are wanted.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +16,8 @@ pub struct Batch {
     spans: Vec<[u32; 4]>,
     wanted: Vec<u32>,
     params: Vec<RowParams>,
+    /// Masks of wanted rows that have one, in the order of the rows.
+    masks: Vec<(usize, Mask)>,
 }
 
 impl Batch {
@@ -34,6 +36,12 @@ impl Batch {
     pub fn want(&mut self, row: usize, params: RowParams) {
         self.wanted.push(row as u32);
         self.params.push(params);
+    }
+
+    /// The same with a mask of the tokens that may be chosen.
+    pub fn want_masked(&mut self, row: usize, params: RowParams, mask: Mask) {
+        self.masks.push((self.wanted(), mask));
+        self.want(row, RowParams { masked: 1, ..params });
     }
 
     /// Rows of the step.
@@ -79,6 +87,10 @@ impl Batch {
         at_most("wanted rows", first.saturating_add(count), self.wanted())?;
         backend.write(llama.inputs.wanted, 0, cast_slice(&self.wanted[first..first + count]))?;
         backend.write(llama.inputs.params, 0, cast_slice(&self.params[first..first + count]))?;
+        let width = Mask::width(llama.config.vocab) * 4;
+        for (row, mask) in self.masks.iter().filter(|(row, _)| (first..first + count).contains(row)) {
+            backend.write(llama.inputs.mask, (row - first) * width, cast_slice(mask.words()))?;
+        }
         let live = [self.rows(), count, self.spans.len()].map(|n| n as u32);
         backend.write(llama.inputs.live, 0, cast_slice(&live))
     }

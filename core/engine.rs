@@ -15,7 +15,7 @@ use crate::kv::Pages;
 use crate::llama::{KvCache, Llama, Profile, Sizes};
 use crate::op::{Backend, CHOSEN, DType, DeviceInfo, Fetch, Plan};
 use crate::plan::MemoryPlan;
-use crate::sampler::{Count, NO_TOKEN, RowParams, Sampled, Sampler, SamplingParams};
+use crate::sampler::{Count, Mask, NO_TOKEN, RowParams, Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Budget, Scheduler, Sequence, Share};
 
 /// How an engine is laid out. The defaults serve a command line.
@@ -62,8 +62,13 @@ impl Default for EngineOptions {
 /// Tokens a page of the KV cache: the granularity of sharing and of waste; vLLM's default as well.
 pub const PAGE_TOKENS: usize = 16;
 
-/// Rows that the head runs on at once: bounds the logits to 64 x vocabulary.
-const MAX_WANTED: usize = 64;
+/// Rows that the head runs on at once, at least and at most: as many as there can be sequences, so that a step reads its
+/// weight once.
+const LEAST_WANTED: usize = 64;
+const MOST_WANTED: usize = 256;
+/// Bytes of the logits of more than [`LEAST_WANTED`] rows, at most: what every adapter binds at once (WebGPU,
+/// `maxStorageBufferBindingSize`). 256 rows of Llama 3's vocabulary take 131 MB.
+const MOST_LOGITS: usize = 128 << 20;
 
 /// Bounds of the options, many times what serving takes: buffers grow with either.
 const MAX_NUM_SEQS: usize = 1 << 12;
@@ -158,9 +163,45 @@ struct Request {
 }
 
 impl Request {
-    /// True where the next token is chosen on the host, behind `generated` ones: the device knows no guides and biases.
-    fn is_chosen_on_host(&self, generated: usize) -> bool {
-        self.guide.is_some() || !self.params.logit_bias.is_empty() || generated < self.params.min_tokens
+    /// The tokens that may come behind `generated` ones, where not all may.
+    fn mask(&mut self, generated: usize, vocab: usize, eos: &[u32]) -> Result<Option<Mask>> {
+        let is_early = generated < self.params.min_tokens;
+        if self.guide.is_none() && !is_early {
+            return Ok(None);
+        }
+        let mut mask = Mask::all(vocab);
+        if let Some(guide) = &mut self.guide {
+            guide.mask(&mut mask)?;
+        }
+        if is_early {
+            let eos = if self.params.ignore_eos { &[][..] } else { eos };
+            eos.iter().chain(&self.params.stop_token_ids).for_each(|id| mask.forbid(*id));
+        }
+        Ok(Some(mask))
+    }
+
+    /// Asks for the token behind a row, in the row's parameters; or only for logits, where the device cannot choose.
+    fn ask(&mut self, batch: &mut Batch, row: usize, params: RowParams, vocab: usize, eos: &[u32]) -> What {
+        // Whatever token the device scores where it does not choose.
+        let score = RowParams::score(params.seq, 0, 0);
+        match self.mask(params.position as usize - self.prompt, vocab, eos) {
+            Err(error) => {
+                batch.want(row, score);
+                What::Refuse(error)
+            }
+            Ok(mask) if !self.params.logit_bias.is_empty() => {
+                batch.want(row, score);
+                What::ChooseOnHost(mask)
+            }
+            Ok(Some(mask)) => {
+                batch.want_masked(row, params, mask);
+                What::ChooseMasked
+            }
+            Ok(None) => {
+                batch.want(row, params);
+                What::Choose
+            }
+        }
     }
 
     /// What ends the request behind a token, where something does.
@@ -217,17 +258,15 @@ struct Want {
     what: What,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
     Score,
     Choose,
-    ChooseOnHost,
-}
-
-impl Want {
-    fn is_on_host(&self) -> bool {
-        self.what == What::ChooseOnHost
-    }
+    /// Among the tokens that a mask allows: the next mask is known when this token is.
+    ChooseMasked,
+    /// The device knows no biases. Where there is a mask, among the tokens that it allows.
+    ChooseOnHost(Option<Mask>),
+    /// Nothing: the request's guide fails.
+    Refuse(Error),
 }
 
 /// A step that is queued.
@@ -251,7 +290,7 @@ struct Head {
 impl UnderWay {
     /// True where the next step can be queued before this one is done: it finds what was chosen on the device.
     fn can_be_followed(&self) -> bool {
-        matches!(&self.heads[..], [head] if head.logits.is_empty())
+        self.heads.len() == 1 && self.wants.iter().all(|want| matches!(want.what, What::Score | What::Choose))
     }
 }
 
@@ -277,7 +316,7 @@ impl Engine {
     pub fn new(checkpoint: &Checkpoint, mut backend: Box<dyn Backend>, options: &EngineOptions) -> Result<Self> {
         let sizes = sizes(checkpoint, options)?;
         if let Some(have) = backend.budget() {
-            MemoryPlan::new(checkpoint, options)?.fits(have)?;
+            MemoryPlan::new(checkpoint, options, Some(&*backend))?.fits(have)?;
         }
         let llama = Llama::load(checkpoint, &mut *backend, options.profile, options.kv_cache, sizes)?;
         let pages = Pages::new(sizes.pages, PAGE_TOKENS);
@@ -416,12 +455,8 @@ impl Engine {
             }
             if end == sequence.tokens.len() && end < sequence.limit {
                 sequence.tokens.push(CHOSEN | wants.len() as u32);
-                let (params, what) = match request.is_chosen_on_host(end - request.prompt) {
-                    // Whatever token the device scores: only the logits are read.
-                    true => (RowParams::score(slot, 0, 0), What::ChooseOnHost),
-                    false => (request.params.row(slot, end as u32, request.seed), What::Choose),
-                };
-                batch.want(row + rows - 1, params);
+                let params = request.params.row(slot, end as u32, request.seed);
+                let what = request.ask(&mut batch, row + rows - 1, params, self.llama.config.vocab, &self.eos);
                 wants.push(Want { id, position: end, what });
             }
         }
@@ -485,8 +520,10 @@ impl Engine {
             let sampled = self.backend.fetch(self.llama.outputs.sampled, 0, count.max(1) * size_of::<Sampled>())?;
             let mut logits = Vec::new();
             let width = self.llama.config.vocab * 4;
-            for (row, _) in wants[first..first + count].iter().enumerate().filter(|(_, want)| want.is_on_host()) {
-                logits.push(self.backend.fetch(self.llama.outputs.logits, row * width, width)?);
+            for (row, want) in wants[first..first + count].iter().enumerate() {
+                if matches!(want.what, What::ChooseOnHost(_)) {
+                    logits.push(self.backend.fetch(self.llama.outputs.logits, row * width, width)?);
+                }
             }
             heads.push(Head { count, sampled, logits });
             (rows, first) = (0, first + count);
@@ -497,7 +534,7 @@ impl Engine {
     }
 
     /// Waits for what a step gives. What is to be chosen on the host is chosen there.
-    fn results(&mut self, wants: &[Want], heads: Vec<Head>) -> Result<Vec<Result<Sampled>>> {
+    fn results(&mut self, wants: &[Want], heads: Vec<Head>) -> Result<Vec<Sampled>> {
         let mut results = Vec::with_capacity(wants.len());
         for Head { count, sampled, logits } in heads {
             let mut rows = vec![Sampled::NONE; count.max(1)];
@@ -505,49 +542,40 @@ impl Engine {
             let mut logits = logits.into_iter();
             for sampled in rows.into_iter().take(count) {
                 let want = &wants[results.len()];
-                let on_host = if want.is_on_host() { logits.next() } else { None };
-                results.push(match on_host {
-                    None => Ok(sampled),
-                    Some(fetch) => {
-                        let mut logits = vec![0f32; self.llama.config.vocab];
-                        self.backend.take(fetch, cast_slice_mut(&mut logits))?;
-                        self.choose(want, &logits)
+                results.push(match &want.what {
+                    What::ChooseOnHost(mask) => {
+                        let mut row = vec![0f32; self.llama.config.vocab];
+                        self.backend.take(logits.next().expect("a copy for each"), cast_slice_mut(&mut row))?;
+                        self.choose(want, mask.as_ref(), &row)
                     }
+                    _ => sampled,
                 });
             }
         }
         Ok(results)
     }
 
-    /// Chooses a request's next token from its logits, `[vocab]`: among those that its guide allows, and with its biases.
-    /// Log-probabilities are those of the logits as they are, here as on a device.
-    fn choose(&mut self, want: &Want, logits: &[f32]) -> Result<Sampled> {
+    /// Chooses a request's next token from its logits, `[vocab]`, with its biases. Log-probabilities are those of the logits
+    /// as they are, here as on a device.
+    fn choose(&mut self, want: &Want, mask: Option<&Mask>, logits: &[f32]) -> Sampled {
         let (sequence, request) = known(&mut self.scheduler, &mut self.requests, want.id);
         let (slot, params) = (sequence.slot(), &request.params);
         let (prompt, output) = sequence.tokens[..want.position].split_at(request.prompt);
-        let mut allowed = logits.to_vec();
+        let mut biased = logits.to_vec();
         for &(id, bias) in &params.logit_bias {
-            allowed[id as usize] += bias;
-        }
-        if output.len() < params.min_tokens {
-            let eos = if params.ignore_eos { &[][..] } else { &self.eos };
-            for &id in eos.iter().chain(&params.stop_token_ids) {
-                allowed[id as usize] = f32::NEG_INFINITY;
-            }
-        }
-        if let Some(guide) = &mut request.guide {
-            guide.mask(&mut allowed)?;
+            biased[id as usize] += bias;
         }
         let mut history = vec![0; logits.len()];
         if params.penalizes() {
             Count::fill(&mut history, prompt, output);
         }
-        let row = params.row(slot, want.position as u32, request.seed);
-        let token = self.sampler.sample(&allowed, &row, &mut history).token;
-        if token == NO_TOKEN && logits.iter().any(|logit| logit.is_finite()) {
-            return Err(Error::text("structured output", "no token may come next; change the grammar or min_tokens"));
+        let row = RowParams { masked: mask.is_some().into(), ..params.row(slot, want.position as u32, request.seed) };
+        let mask = mask.map_or(&[][..], Mask::words);
+        let chosen = self.sampler.sample(&biased, &row, mask, &mut history);
+        if chosen.token == NO_TOKEN {
+            return chosen;
         }
-        Ok(self.sampler.sample(logits, &RowParams::score(slot, token, row.top_n), &mut []))
+        self.sampler.sample(logits, &RowParams::score(slot, chosen.token, row.top_n), &[], &mut [])
     }
 
     /// The plan of a program for at least `rows` rows (0: the head alone) and `wanted` wanted ones. Sizes are rounded up
@@ -575,7 +603,7 @@ impl Engine {
     fn settle(&mut self, step: UnderWay, outputs: &mut Vec<(RequestId, Output)>) -> Result<()> {
         let UnderWay { ends, wants, heads } = step;
         let results = self.results(&wants, heads)?;
-        let mut results = wants.iter().zip(results).peekable();
+        let mut results = wants.into_iter().zip(results).peekable();
         for (id, end) in ends {
             let own: Vec<_> = std::iter::from_fn(|| results.next_if(|(want, _)| want.id == id)).collect();
             if !self.requests.contains_key(&id) {
@@ -601,25 +629,28 @@ impl Engine {
         &mut self,
         id: RequestId,
         end: usize,
-        results: Vec<(&Want, Result<Sampled>)>,
+        results: Vec<(Want, Sampled)>,
         outputs: &mut Vec<(RequestId, Output)>,
     ) -> Result<Option<Output>> {
         let (sequence, request) = known(&mut self.scheduler, &mut self.requests, id);
         let (mut scores, mut chosen) = (Vec::new(), None);
-        for (want, result) in results {
-            let sampled = match result {
-                Err(error) => return Ok(Some(Output::Failed(error))),
-                Ok(sampled) if sampled.rank == 0 || sampled.bad_logits > 0 => {
+        for (want, sampled) in results {
+            match want.what {
+                What::Refuse(error) => return Ok(Some(Output::Failed(error))),
+                What::ChooseMasked | What::ChooseOnHost(Some(_))
+                    if sampled.token == NO_TOKEN && sampled.bad_logits == 0 =>
+                {
+                    let why = "no token may come next; change the grammar or min_tokens";
+                    return Ok(Some(Output::Failed(Error::text("structured output", why))));
+                }
+                _ if sampled.rank == 0 || sampled.bad_logits > 0 => {
                     let why = "the logits are not finite: the checkpoint is damaged, or the device is";
                     return Ok(Some(Output::Failed(Error::device(self.backend.describe().backend, why))));
                 }
-                Ok(sampled) => sampled,
-            };
-            match want.what {
                 What::Score => scores.push(Token::from(&sampled)),
                 _ => {
                     sequence.tokens[want.position] = sampled.token;
-                    chosen = Some((want, Token::from(&sampled)));
+                    chosen = Some(Token::from(&sampled));
                 }
             }
         }
@@ -628,20 +659,15 @@ impl Engine {
             outputs.push((id, Output::Prompt(scores)));
         }
         let mut tokens = end;
-        if let Some((want, token)) = chosen {
+        if let Some(token) = chosen {
             self.stats.generation_tokens += 1;
             tokens += 1;
             let over = request.end_behind(token.id, &self.eos);
-            let goes_to_device = want.is_on_host() && !request.is_chosen_on_host(tokens - request.prompt);
             outputs.push((id, Output::Token(token)));
             if over.is_some() {
                 return Ok(over);
             }
-            if goes_to_device {
-                self.write_history(id)?;
-            }
         }
-        let (sequence, request) = known(&mut self.scheduler, &mut self.requests, id);
         let is_over = end >= request.prompt && tokens >= sequence.limit;
         Ok(is_over.then_some(Output::Finished(FinishReason::Length)))
     }
@@ -697,7 +723,14 @@ pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<
     }
     let sequences = sequences.min(pages);
     let rows = rows.max(sequences).min(tokens);
-    Ok(Sizes { rows, wanted: MAX_WANTED.min(rows), sequences, context, pages, page_tokens: PAGE_TOKENS })
+    let wanted = wanted_rows(sequences, config.vocab).min(rows);
+    Ok(Sizes { rows, wanted, sequences, context, pages, page_tokens: PAGE_TOKENS })
+}
+
+/// Rows that the head runs on at once.
+fn wanted_rows(sequences: usize, vocab: usize) -> usize {
+    let most = (MOST_LOGITS / (4 * vocab)).clamp(LEAST_WANTED, MOST_WANTED);
+    sequences.clamp(LEAST_WANTED, most)
 }
 
 /// Bytes of a page of the KV cache, over all layers.
@@ -719,4 +752,23 @@ fn bounded(name: &'static str, value: usize, most: usize, allowed: &'static str)
 /// A seed where the user gave none: the standard library's per-process random keys.
 fn random_seed() -> u64 {
     RandomState::new().hash_one(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_head_runs_once_a_step_where_its_logits_fit() {
+        for (sequences, vocab, rows) in [
+            (1, 128_256, 64),
+            (100, 128_256, 100),
+            (256, 128_256, 256),
+            (4096, 256, 256),
+            (256, 262_144, 128),
+            (256, 1 << 20, 64),
+        ] {
+            assert_eq!(wanted_rows(sequences, vocab), rows, "{sequences} sequences, {vocab} tokens");
+        }
+    }
 }

@@ -104,6 +104,10 @@ impl Backend for Meter {
         self.inner.budget()
     }
 
+    fn scratch(&self, program: &Program, buffers: &[BufDesc]) -> Result<u64> {
+        self.inner.scratch(program, buffers)
+    }
+
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
         self.buffers.push(desc.clone());
         self.inner.alloc(desc)

@@ -289,6 +289,8 @@ pub enum Op {
         logits: Buf,
         /// `[w, 16]` u32: [`crate::sampler::RowParams`].
         params: Buf,
+        /// `[w, ceil(vocab / 32)]` u32: the words of a [`crate::sampler::Mask`]; read where the row's parameters say so.
+        mask: Buf,
         /// `[sequences, vocab]` u32: [`crate::sampler::Count`]s of the tokens of each sequence, for the penalties. The
         /// op adds the token that it chose.
         history: Buf,
@@ -367,7 +369,7 @@ impl Op {
             }
             Op::SwiGlu { gate_up, .. } => vec![gate_up],
             Op::Gather { x, wanted, .. } => vec![x, wanted],
-            Op::Sample { logits, params, .. } => vec![logits, params],
+            Op::Sample { logits, params, mask, .. } => vec![logits, params, mask],
             Op::CopyPages { pairs, .. } => vec![pairs],
         }
     }
@@ -499,6 +501,16 @@ pub trait Backend: Send {
     /// Bytes that may still be allocated, where the backend knows: a model that needs more is refused before it is loaded.
     fn budget(&self) -> Option<u64> {
         None
+    }
+
+    /// Bytes that recording a program takes besides its buffers, whose descriptions these are, and that all programs over
+    /// them share.
+    ///
+    /// # Errors
+    /// Where the program cannot be recorded.
+    fn scratch(&self, program: &Program, buffers: &[BufDesc]) -> Result<u64> {
+        let _ = (program, buffers);
+        Ok(0)
     }
 
     /// A new buffer, zeroed. Buffers are numbered from 0 in the order in which `alloc` and `load` made them, so that

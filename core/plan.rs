@@ -21,24 +21,26 @@ pub struct MemoryPlan {
     pub kv_cache: usize,
     /// What the KV cache is kept in.
     pub kv_dtype: DType,
-    /// Bytes of everything else: inputs, activations, logits.
+    /// Bytes of everything else: inputs, activations, logits, and what a device adds.
     pub scratch: usize,
     /// True where the head has a weight of its own, false where it is the embedding.
     pub own_head: bool,
 }
 
 impl MemoryPlan {
-    /// Plans what [`Engine::new`](crate::engine::Engine::new) would allocate. Reads every weight, because that is
-    /// where a damaged one shows, and keeps none.
+    /// Plans what [`Engine::new`](crate::engine::Engine::new) would allocate, on this device where there is one: what its
+    /// programs take besides their buffers counts. Reads every weight, because that is where a damaged one shows, and keeps
+    /// none.
     ///
     /// # Errors
     /// Whatever `Engine::new` would refuse before it runs a program.
-    pub fn new(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Self> {
+    pub fn new(checkpoint: &Checkpoint, options: &EngineOptions, device: Option<&dyn Backend>) -> Result<Self> {
         let sizes = sizes(checkpoint, options)?;
         let mut counter = Counter::default();
         let llama = Llama::load(checkpoint, &mut counter, options.profile, options.kv_cache, sizes)?;
         let (mut rotary, mut table, mut head) = (0, None, None);
-        for line in llama.program(sizes.rows, sizes.wanted).lines {
+        let program = llama.program(sizes.rows, sizes.wanted);
+        for line in &program.lines {
             match line.op {
                 Op::RopeAppend { rope, .. } => rotary = counter.bytes(rope),
                 Op::Embed { table: embedding, .. } => table = Some(Weight::Real(embedding)),
@@ -49,13 +51,15 @@ impl MemoryPlan {
         }
         let kv_cache = llama.kv.iter().map(|kv| counter.bytes(kv.k) + counter.bytes(kv.v)).sum();
         let (loaded, allocated) = counter.sums();
+        let buffers: Vec<_> = counter.buffers.iter().map(|(desc, _)| desc.clone()).collect();
+        let beside = device.map_or(Ok(0), |device| device.scratch(&program, &buffers))? as usize;
         Ok(MemoryPlan {
             sizes,
             weights: loaded - rotary,
             rotary,
             kv_cache,
             kv_dtype: llama.kv.first().map_or(options.profile.dtype(), |kv| counter.buffers[kv.k.0 as usize].0.dtype),
-            scratch: allocated - kv_cache,
+            scratch: allocated - kv_cache + beside,
             own_head: head != table,
         })
     }

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::op::{Act, Buf, BufDesc, Cols, DType, Extent, Heads, Kv, Line, Op, Program, Rows, Scale, Weight};
-use crate::sampler::{RowParams, Sampled};
+use crate::sampler::{Mask, RowParams, Sampled};
 
 /// What the rows of an operand run along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,9 +120,10 @@ impl<'a, D: Fn(Buf) -> Option<&'a BufDesc>> Check<'_, D> {
                 self.step(wanted, "wanted", U32, 1, Axis::Wanted)?;
                 self.step(out, "out", F32, d, Axis::Wanted)
             }
-            Op::Sample { logits, params, history, out } => {
+            Op::Sample { logits, params, mask, history, out } => {
                 let vocab = self.step_any(logits, "logits", F32, Axis::Wanted)?.cols;
                 self.step(params, "params", U32, size_of::<RowParams>() / 4, Axis::Wanted)?;
+                self.step(mask, "mask", U32, Mask::width(vocab), Axis::Wanted)?;
                 self.fixed(history, "history", U32, vocab)?;
                 self.step(out, "out", U32, size_of::<Sampled>() / 4, Axis::Wanted)
             }

@@ -21,7 +21,7 @@
 struct RowParams {  // sampler::RowParams
   u32 seq, target;
   float temperature, top_p, min_p, repetition, presence, frequency;
-  u32 top_k, top_n, seed_lo, seed_hi, position, reserved[3];
+  u32 top_k, top_n, seed_lo, seed_hi, position, masked, reserved[2];
 };
 
 struct Sampled {  // sampler::Sampled
@@ -76,6 +76,7 @@ struct Shared {
 struct Row {
   const float* logits;
   const u32* history;
+  const u32* mask;  // where p.masked
   RowParams p;
   u32 vocab;
   bool penalizes;
@@ -83,8 +84,9 @@ struct Row {
 
   DEVICE_FUNCTION u64 key(u32 id) const { return key_of(word_of(__float_as_uint(logits[id])), id); }
 
-  // Of a logit after its penalties; a finite one stays finite.
-  DEVICE_FUNCTION u64 penalized(u32 id) const {
+  // Of a logit after mask and penalties; a finite one that is allowed stays finite.
+  DEVICE_FUNCTION u64 changed(u32 id) const {
+    if (p.masked && !(mask[id / 32] >> id % 32 & 1)) return NO_KEY;
     u32 count = penalizes ? history[id] : 0, bits = __float_as_uint(logits[id]);
     if (count == 0 || word_of(bits) == NO_WORD) return key(id);
     float value = logits[id] > 0.0f ? logits[id] / p.repetition : logits[id] * p.repetition;
@@ -166,7 +168,7 @@ struct Row {
       float scaled[4];
 #pragma unroll
       for (u32 i = 0; i < 4; i++) {
-        u64 own = 4 * block + i < vocab ? penalized(4 * block + i) : NO_KEY;
+        u64 own = 4 * block + i < vocab ? changed(4 * block + i) : NO_KEY;
         scaled[i] = (value_of((u32)(own >> 32)) - most) / p.temperature;
         runs[i] = own <= end && scaled[i] >= floor;
         any |= runs[i];
@@ -182,10 +184,11 @@ struct Row {
     return (u32)block_reduce<Min>(best, shared->keys);
   }
 
-  // `best` is the first key before penalties.
+  // `best` is the first key before mask and penalties.
   DEVICE_FUNCTION u32 choose(u64 best) const {
-    auto own = [&](u32 id) { return penalized(id); };
-    u64 first = penalizes ? least(own) : best;
+    auto own = [&](u32 id) { return changed(id); };
+    u64 first = penalizes || p.masked ? least(own) : best;
+    if (first == NO_KEY) return NO_TOKEN;
     if (p.temperature < GREEDY_BELOW) return (u32)first;
     float most = value_of((u32)(first >> 32));
     u64 end = NO_KEY - 1;
@@ -216,15 +219,16 @@ struct Row {
   }
 };
 
-KERNEL(1024, 1) sample(const u32* live, const float* logits, const RowParams* params, u32* history, Sampled* sampled,
-                       u32 vocab, u32 stride) {
+KERNEL(1024, 1) sample(const u32* live, const float* logits, const RowParams* params, const u32* mask, u32* history,
+                       Sampled* sampled, u32 vocab, u32 stride) {
   SHARED(Shared, shared, 1);
   dependency_wait();
   if (blockIdx.x >= live[1]) return;
   RowParams p = params[blockIdx.x];
   bool penalizes = p.repetition != 1.0f || p.presence != 0.0f || p.frequency != 0.0f;
   u32* counts = history + (size_t)p.seq * vocab;
-  Row row = {logits + (size_t)blockIdx.x * stride, counts, p, vocab, penalizes, shared};
+  const u32* allowed = mask + (size_t)blockIdx.x * ((vocab + 31) / 32);
+  Row row = {logits + (size_t)blockIdx.x * stride, counts, allowed, p, vocab, penalizes, shared};
   Sampled* out = sampled + blockIdx.x;
   bool is_first = threadIdx.x == 0;
 

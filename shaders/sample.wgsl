@@ -12,9 +12,11 @@ override STRIDE: u32;  // words a row of logits
 @group(0) @binding(3) var<storage, read_write> history: array<u32>;  // [sequences, VOCAB]: sampler::Count
 @group(0) @binding(4) var<storage, read> logits: array<u32>;  // [w, STRIDE], bits of f32
 @group(0) @binding(5) var<storage, read> params: array<u32>;  // [w, 16]: sampler::RowParams
+@group(0) @binding(6) var<storage, read> mask: array<u32>;  // [w, MASK]: sampler::Mask
 
 // Ids are taken in blocks of four, as Philox gives words.
 override BLOCKS: u32 = (VOCAB + 3u) / 4u;
+override MASK: u32 = (VOCAB + 31u) / 32u;
 
 const NO_TOKEN = 0xffffffffu;
 const NO_WORD = 0xffffffffu;
@@ -34,12 +36,14 @@ const TOP_K = 8u;
 const TOP_N = 9u;
 const SEED = 10u;
 const POSITION = 12u;
+const MASKED = 13u;
 const TOP_IDS = 4u;
 const TOP_LOGPROBS = 24u;
 
 var<private> row: u32;
 var<private> lane: u32;
 var<private> penalizes: bool;
+var<private> is_masked: bool;
 
 fn word_param(field: u32) -> u32 {
   return params[row * 16u + field];
@@ -68,10 +72,13 @@ fn logit_word(id: u32) -> u32 {
   return word_of(logits[row * STRIDE + id]);
 }
 
-// The word of a logit after its penalties.
-fn penalized_word(id: u32) -> u32 {
+// The word of a logit after mask and penalties.
+fn changed_word(id: u32) -> u32 {
   let word = logit_word(id);
-  if (!penalizes || word == NO_WORD) {
+  if (word == NO_WORD || (is_masked && (mask[row * MASK + id / 32u] >> (id % 32u) & 1u) == 0u)) {
+    return NO_WORD;
+  }
+  if (!penalizes) {
     return word;
   }
   let count = history[word_param(SEQ) * VOCAB + id];
@@ -112,12 +119,12 @@ fn next_logit(place: vec2<u32>, is_first: bool) -> vec2<u32> {
   return first_pair(best.x, best.y);
 }
 
-// The first of the penalized logits.
-fn first_penalized() -> vec2<u32> {
+// The first of the logits after mask and penalties.
+fn first_changed() -> vec2<u32> {
   var best = vec2<u32>(NO_WORD, NO_TOKEN);
   for (var block = lane; block < BLOCKS; block += WG) {
     for (var i = 0u; i < 4u; i++) {
-      let pair = vec2<u32>(penalized_word(4u * block + i), 4u * block + i);
+      let pair = vec2<u32>(changed_word(4u * block + i), 4u * block + i);
       if (is_before(pair, best)) {
         best = pair;
       }
@@ -139,7 +146,7 @@ fn mass(end: vec2<u32>, most: f32, by_probability: bool) -> f32 {
   var sum = 0.0;
   for (var block = lane; block < BLOCKS; block += WG) {
     for (var i = 0u; i < 4u; i++) {
-      let pair = vec2<u32>(penalized_word(4u * block + i), 4u * block + i);
+      let pair = vec2<u32>(changed_word(4u * block + i), 4u * block + i);
       if (pair.x != NO_WORD && !is_before(end, pair)) {
         sum += weight(pair.x, most, by_probability);
       }
@@ -188,7 +195,7 @@ fn race(end: vec2<u32>, most: f32) -> u32 {
     var has_noise = false;
     for (var i = 0u; i < 4u; i++) {
       let id = 4u * block + i;
-      let word = penalized_word(id);
+      let word = changed_word(id);
       if (word == NO_WORD || is_before(end, vec2<u32>(word, id))) {
         continue;
       }
@@ -211,7 +218,10 @@ fn race(end: vec2<u32>, most: f32) -> u32 {
 
 // At least one logit is finite.
 fn choose() -> u32 {
-  let first = first_penalized();
+  let first = first_changed();
+  if (first.x == NO_WORD) {
+    return NO_TOKEN;
+  }
   let temperature = param(TEMPERATURE);
   if (temperature < GREEDY_BELOW) {
     return first.y;
@@ -239,6 +249,7 @@ fn sample(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   }
   row = workgroup.x;
   lane = lid;
+  is_masked = word_param(MASKED) != 0u;
   penalizes = param(REPETITION) != 1.0 || param(PRESENCE) != 0.0 || param(FREQUENCY) != 0.0;
   let record = row * 44u;
   var faults = 0u;

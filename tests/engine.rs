@@ -5,15 +5,17 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
-use quaver_backends::{Kind, Spec};
+use quaver_backends::{Kind, Spec, open};
 use quaver_core::batch::Batch;
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::engine::{Engine, EngineOptions, FinishReason, Output, RequestId, Token};
 use quaver_core::guide::Guide;
 use quaver_core::llama::{KvCache, Profile};
-use quaver_core::sampler::{RowParams, SamplingParams};
+use quaver_core::plan::MemoryPlan;
+use quaver_core::sampler::{Mask, RowParams, Sampled, SamplingParams};
 use quaver_core::service::Service;
 use support::checkpoints;
 use support::queued::Queued;
@@ -66,12 +68,12 @@ fn bits(tokens: &[Token]) -> Vec<Bits> {
 }
 
 fn engine_on(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
-    Engine::new(checkpoint, quaver_backends::open(spec).unwrap(), options).unwrap()
+    Engine::new(checkpoint, open(spec).unwrap(), options).unwrap()
 }
 
 /// The same, with the next step queued before the last one is settled.
 fn queued(checkpoint: &Checkpoint, spec: &Spec, options: &EngineOptions) -> Engine {
-    Engine::new(checkpoint, Box::new(Queued(quaver_backends::open(spec).unwrap())), options).unwrap()
+    Engine::new(checkpoint, Box::new(Queued::new(open(spec).unwrap())), options).unwrap()
 }
 
 fn engine(checkpoint: &Checkpoint, options: &EngineOptions) -> Engine {
@@ -337,6 +339,39 @@ fn chunks_of_a_prompt_and_threads_do_not_change_a_bit_of_the_demo_model() {
     for (rows, threads) in [(1, 1), (7, 2), (33, 2), (512, 2)] {
         assert!(run(rows, threads) == want, "chunks of {rows} on {threads} threads");
     }
+}
+
+#[test]
+fn more_sequences_than_one_head_used_to_take_equal_each_alone() {
+    let tiny = tiny();
+    let prompts: Vec<Vec<u32>> = (0..100).map(|i| Random(i).ids(1 + i as usize % 7)).collect();
+    let plan = |options: &EngineOptions| MemoryPlan::new(&tiny.checkpoint, options, None).unwrap();
+    let options = EngineOptions { max_num_seqs: 100, ..EngineOptions::default() };
+    assert_eq!((plan(&one()).sizes.wanted, plan(&options).sizes.wanted), (64, 100));
+    let logits = 4 * VOCAB * (100 - 64);
+    assert!(plan(&options).scratch > plan(&one()).scratch + logits, "the logits are counted");
+    let mut engine = engine(&tiny.checkpoint, &options);
+    let ids: Vec<_> = prompts.iter().map(|prompt| engine.submit(prompt, greedy(5)).unwrap()).collect();
+    let mut answers = finish(&mut engine);
+    let mut alone = engine_on(&tiny.checkpoint, &cpu(), &one());
+    for (id, prompt) in ids.into_iter().zip(&prompts).step_by(9) {
+        assert_eq!(answers.remove(&id).unwrap().bits(), ask(&mut alone, prompt, &greedy(5)).bits());
+    }
+}
+
+#[test]
+fn the_memory_plan_counts_what_a_device_takes_beside_the_buffers() {
+    let tiny = tiny();
+    let options = EngineOptions { max_num_batched_tokens: 64, max_num_seqs: 4, ..EngineOptions::default() };
+    let cuda = open(&Spec { kind: Kind::CudaEmulated, ..Spec::default() }).unwrap();
+    let plan = |device| MemoryPlan::new(&tiny.checkpoint, &options, device).unwrap();
+    let (bare, whole) = (plan(None), plan(Some(&*cuda)));
+    // A part of each row's context and head: its sums, and what belongs to them. 64 rows are not split.
+    let heads = tiny.checkpoint.config().heads;
+    assert_eq!(whole.scratch - bare.scratch, 64 * heads.q * (heads.dim + 4) * 4);
+    assert!(bare.fits(bare.total() as u64).is_ok());
+    let error = whole.fits(bare.total() as u64).unwrap_err();
+    assert!(error.to_string().contains(&format!("{} bytes", whole.total())), "{error}");
 }
 
 // ---- scores of the prompt
@@ -611,7 +646,7 @@ fn biases_move_the_choice_and_leave_log_probabilities_alone() {
 }
 
 #[test]
-fn tokens_that_the_host_chose_are_penalized_by_the_device_as_well() {
+fn tokens_before_min_tokens_are_penalized_as_others() {
     let tiny = tiny();
     let mut engine = engine(&tiny.checkpoint, &one());
     let penalized = SamplingParams { repetition_penalty: 1.8, frequency_penalty: 1.5, ignore_eos: true, ..greedy(30) };
@@ -620,7 +655,7 @@ fn tokens_that_the_host_chose_are_penalized_by_the_device_as_well() {
     assert_ne!(want.ids(), free.ids(), "the penalties change nothing here");
     for min_tokens in [1, 4, 29] {
         let answer = ask(&mut engine, &[5, 6, 7], &SamplingParams { min_tokens, ..penalized.clone() });
-        assert_eq!(answer.bits(), want.bits(), "the first {min_tokens} chosen on the host");
+        assert_eq!(answer.bits(), want.bits(), "the first {min_tokens} under a mask");
     }
 }
 
@@ -665,16 +700,135 @@ fn no_end_comes_before_min_tokens() {
 struct Spell(Vec<u32>);
 
 impl Guide for Spell {
-    fn mask(&mut self, logits: &mut [f32]) -> quaver_core::Result<()> {
+    fn mask(&mut self, mask: &mut Mask) -> quaver_core::Result<()> {
         let allowed = self.0.first().copied();
-        let others = logits.iter_mut().zip(0u32..).filter(|(_, id)| Some(*id) != allowed);
-        others.for_each(|(logit, _)| *logit = f32::NEG_INFINITY);
+        (0..VOCAB as u32).filter(|id| Some(*id) != allowed).for_each(|id| mask.forbid(id));
         Ok(())
     }
 
     fn advance(&mut self, token: u32) -> quaver_core::Result<ControlFlow<()>> {
         assert_eq!(self.0.remove(0), token);
         Ok(if self.0 == [0] { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+}
+
+/// Allows every third token, those that follow on the last one, and fails behind so many.
+struct Thirds {
+    next: u32,
+    left: usize,
+}
+
+impl Guide for Thirds {
+    fn mask(&mut self, mask: &mut Mask) -> quaver_core::Result<()> {
+        if self.left == 0 {
+            return Err(quaver_core::Error::text("guide", "it has failed"));
+        }
+        (0..VOCAB as u32).filter(|id| id % 3 != self.next).for_each(|id| mask.forbid(id));
+        Ok(())
+    }
+
+    fn advance(&mut self, token: u32) -> quaver_core::Result<ControlFlow<()>> {
+        assert_eq!(token % 3, self.next);
+        (self.next, self.left) = ((self.next + token) % 3, self.left - 1);
+        Ok(ControlFlow::Continue(()))
+    }
+}
+
+/// A third of the vocabulary by turns, for so many tokens.
+fn thirds(left: usize) -> Option<Box<dyn Guide>> {
+    Some(Box::new(Thirds { next: 1, left }))
+}
+
+#[test]
+fn guided_requests_beside_others_get_what_each_gets_alone_on_every_backend() {
+    let tiny = Tiny::fp8(Inputs::Dynamic).open();
+    let options = EngineOptions {
+        deterministic: true,
+        max_num_batched_tokens: 16,
+        max_num_seqs: 4,
+        profile: Profile::Exact,
+        ..EngineOptions::default()
+    };
+    let sampled = SamplingParams { temperature: 1.3, top_p: 0.9, seed: Some(3), ignore_eos: true, ..greedy(6) };
+    let penalized = SamplingParams { frequency_penalty: 1.5, repetition_penalty: 1.2, top_k: 20, ..sampled.clone() };
+    let biased = SamplingParams { logit_bias: vec![(7, 3.0), (9, -100.0)], ..sampled.clone() };
+    let early = SamplingParams { min_tokens: 3, stop_token_ids: (100..VOCAB as u32).collect(), ..greedy(6) };
+    let requests = [
+        (greedy(6), true),
+        (greedy(6), false),
+        (sampled.clone(), true),
+        (sampled, false),
+        (penalized.clone(), true),
+        (penalized, false),
+        (biased.clone(), true),
+        (biased, false),
+        (early.clone(), true),
+        (early, false),
+    ];
+    let prompt = |i: usize| Random(i as u64 / 2).ids(3 + 5 * i);
+    let submit = |engine: &mut Engine, i: usize| {
+        let (params, is_guided) = requests[i].clone();
+        engine.submit_guided(&prompt(i), params, if is_guided { thirds(6) } else { None }).unwrap()
+    };
+    let mut want: Option<Vec<Vec<u32>>> = None;
+    let specs = quaver_backends::variants();
+    let [reference, emulated] = [Kind::Reference, Kind::CudaEmulated].map(Spec::from);
+    let others = specs.iter().filter(|spec| spec.kind != Kind::Reference && spec.device == 0);
+    for spec in [&reference].into_iter().chain(others).chain([&emulated]) {
+        let spec = Spec { deterministic: true, ..spec.clone() };
+        let mut engine = queued(&tiny.checkpoint, &spec, &options);
+        let alone: Vec<_> = (0..requests.len())
+            .map(|i| {
+                let id = submit(&mut engine, i);
+                finish(&mut engine).remove(&id).unwrap()
+            })
+            .collect();
+        let ids: Vec<_> = (0..requests.len()).map(|i| submit(&mut engine, i)).collect();
+        let mut together = finish(&mut engine);
+        for (i, (id, alone)) in ids.into_iter().zip(&alone).enumerate() {
+            assert_eq!(together.remove(&id).unwrap().bits(), alone.bits(), "{spec}: request {i}");
+        }
+        let tokens: Vec<_> = alone.iter().map(Answer::ids).collect();
+        assert_eq!(want.get_or_insert_with(|| tokens.clone()), &tokens, "{spec}");
+    }
+    let want = want.unwrap();
+    assert!((0..requests.len()).step_by(2).all(|i| want[i] != want[i + 1]), "guides change nothing: {want:?}");
+}
+
+#[test]
+fn only_biases_bring_logits_to_the_host() {
+    let tiny = tiny();
+    let taken = |params: &SamplingParams, guide| {
+        let backend = Queued::new(open(&cpu()).unwrap());
+        let bytes = backend.taken.clone();
+        let mut engine = Engine::new(&tiny.checkpoint, Box::new(backend), &one()).unwrap();
+        engine.submit_guided(&[5, 6, 7], params.clone(), guide).unwrap();
+        finish(&mut engine);
+        bytes.load(Ordering::Relaxed)
+    };
+    let plain = SamplingParams { ignore_eos: true, ..greedy(5) };
+    let without = taken(&plain, None);
+    assert_eq!(without, 5 * size_of::<Sampled>());
+    assert_eq!(taken(&plain, thirds(9)), without);
+    let early = SamplingParams { min_tokens: 5, stop_token_ids: vec![7], ..plain.clone() };
+    assert_eq!(taken(&early, None), without);
+    let biased = SamplingParams { logit_bias: vec![(7, 1.0)], ..plain };
+    assert_eq!(taken(&biased, None), without + 5 * 4 * VOCAB);
+}
+
+#[test]
+fn a_guide_that_fails_fails_its_request_alone() {
+    let tiny = tiny();
+    for open in [engine_on, queued] {
+        let mut engine = open(&tiny.checkpoint, &cpu(), &EngineOptions::default());
+        let want = ask(&mut engine, &[9; 20], &greedy(20)).bits();
+        let failing =
+            engine.submit_guided(&[5; 30], SamplingParams { ignore_eos: true, ..greedy(9) }, thirds(3)).unwrap();
+        let free = engine.submit(&[9; 20], greedy(20)).unwrap();
+        let mut answers = finish(&mut engine);
+        let failed = &answers[&failing];
+        assert_eq!((failed.tokens.len(), failed.end.clone()), (3, Some(Err("guide: it has failed".to_owned()))));
+        assert_eq!(answers.remove(&free).unwrap().bits(), want);
     }
 }
 
@@ -789,7 +943,7 @@ fn absurd_options_are_errors() {
     let open = |change: &dyn Fn(&mut EngineOptions)| {
         let mut options = EngineOptions::default();
         change(&mut options);
-        Engine::new(&tiny.checkpoint, quaver_backends::open(&cpu()).unwrap(), &options).map(|mut engine| {
+        Engine::new(&tiny.checkpoint, open(&cpu()).unwrap(), &options).map(|mut engine| {
             assert_eq!(ask(&mut engine, &[1, 2, 3], &greedy(4)).tokens.len(), 4);
             engine
         })
@@ -833,7 +987,7 @@ fn a_cache_larger_than_memory_is_an_error() {
     model.change("o_proj.weight", |_| zeros(&[32, 4 * 4096]));
     let options = EngineOptions { max_num_seqs: 4096, kv_cache_memory: u64::MAX, ..EngineOptions::default() };
     let opened = model.open();
-    let result = Engine::new(&opened.checkpoint, quaver_backends::open(&cpu()).unwrap(), &options);
+    let result = Engine::new(&opened.checkpoint, open(&cpu()).unwrap(), &options);
     assert_eq!(
         result.err().unwrap().to_string(),
         "cpu: there is no memory for the 1125899906580480 bytes of model.layers.0.k_cache; lower --max-model-len, \

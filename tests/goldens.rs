@@ -4,11 +4,14 @@
 mod support;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use quaver::parity::{self, Work};
+use quaver_backends::cuda::Variant;
 use quaver_backends::{Kind, Spec};
-use quaver_core::checkpoint::{Checkpoint, InputScale, LinearWeight};
+use quaver_core::checkpoint::{Checkpoint, InputScale, LinearWeight, LinearWeights};
+use quaver_core::e4m3;
 use quaver_core::engine::{Engine, EngineOptions, Output};
 use quaver_core::llama::Profile;
-use quaver_core::op::{Act, BufDesc, Cols, DType, Extent, Op, Program, Scale, StaticScale, Weight};
+use quaver_core::op::{Act, BufDesc, Cols, DType, DeviceInfo, Extent, Op, Program, Scale, StaticScale, Weight};
 use quaver_core::sampler::SamplingParams;
 use support::checkpoints::{self, MODELS};
 use support::goldens::{self, Tensors, relative_rms, rms};
@@ -17,6 +20,10 @@ use support::ties;
 
 /// rms(error) / rms(value) of a layer or a linear, from the golden before it.
 const LAYER: f64 = 1e-5;
+/// The same of a layer whose products FP8 tensor cores sum: twice what those of the emulator bring, 9.7e-3 in the worst layer
+/// of all models, since what a projection loses (`tensor_core_bound`) turns codes behind it. Weight-only arithmetic is off by
+/// as much in some layers: there it is the projections that tell it.
+const LAYER_NATIVE: f64 = 2e-2;
 /// rms of the difference of last-position logits: FP8 ties flip, and the flips cascade.
 const LOGITS: f64 = 0.25;
 /// The same without FP8.
@@ -72,7 +79,22 @@ fn main() {
             }
         }
     }
+    trials.extend(emulated());
     libtest_mimic::run(&args, trials).exit();
+}
+
+/// FP8 tensor cores without a card: every projection, and the layers of one model.
+fn emulated() -> impl Iterator<Item = Trial> {
+    type Test = fn(&Spec, &str) -> Result<(), Failed>;
+    let projections = [Variant::Sm90, Variant::Sm89]
+        .into_iter()
+        .flat_map(|variant| MODELS.into_iter().map(move |model| (variant, model, "linears", linears as Test)));
+    let layers = [("layers", layers as Test), ("control_weight_only_fails", control_weight_only_fails)];
+    let layers = layers.map(|(name, test)| (Variant::Sm90, "tiny-llama-fp8-channel", name, test));
+    projections.chain(layers).map(|(variant, model, name, test)| {
+        let spec = Spec { kind: Kind::CudaEmulated, variant: Some(variant.name().to_owned()), ..Spec::default() };
+        Trial::test(format!("{spec}::{model}::{name}"), move || test(&spec, model))
+    })
 }
 
 fn ensure(ok: bool, message: String) -> Result<(), Failed> {
@@ -88,8 +110,13 @@ fn layers(spec: &Spec, model: &str) -> Result<(), Failed> {
         let mut input = hidden.f32(&format!("{prompt}/h0"));
         for layer in 0..runner.llama.config.layers {
             let want = hidden.f32(&format!("{model}/{prompt}/h{}", layer + 1));
-            let (error, ties) = ties::settle(&mut runner, layer, &ids, &input, &want, LAYER);
-            ensure(error <= LAYER, format!("{prompt}, layer {layer}: {error:.1e} with {} ties settled", ties.len()))?;
+            let bound = layer_bound(&runner.backend.describe(), model);
+            // What is computed with fewer bits moves more codes than ties would explain.
+            let (error, ties) = match bound == LAYER {
+                true => ties::settle(&mut runner, layer, &ids, &input, &want, LAYER),
+                false => (relative_rms(&runner.layer(layer, &ids, &input), &want), Vec::new()),
+            };
+            ensure(error <= bound, format!("{prompt}, layer {layer}: {error:.1e} with {} ties settled", ties.len()))?;
             flips += ties.len();
             worst = worst.max(error);
             input = want;
@@ -104,18 +131,32 @@ fn hidden_prompts() -> impl Iterator<Item = (String, Vec<u32>)> {
     goldens::prompts().into_iter().filter(move |p| names.contains(&p.name.as_str())).map(|p| (p.name, p.ids))
 }
 
+/// The bound of a layer on a device.
+fn layer_bound(device: &DeviceInfo, model: &str) -> f64 {
+    let is_native = device.tensor_cores.is_some_and(|cores| cores.e4m3_bits < 24);
+    if is_native && model != "tiny-llama" { LAYER_NATIVE } else { LAYER }
+}
+
 /// Each projection of layer 0 from its golden input.
 fn linears(spec: &Spec, model: &str) -> Result<(), Failed> {
-    for (name, error) in linear_errors(spec, model, &checkpoints::open(model)) {
-        ensure(error <= LAYER, format!("{name}: {error:.1e}"))?;
+    for Judged { name, error, bound } in linear_errors(spec, model, &checkpoints::open(model)) {
+        eprintln!("{spec} {model}: {name} within {error:.1e}, bound {bound:.1e}");
+        ensure(error <= bound, format!("{name}: {error:.1e}, not {bound:.1e}"))?;
     }
     Ok(())
 }
 
+/// A projection of a checkpoint, its error, and the bound that the model is held to.
+struct Judged {
+    name: String,
+    error: f64,
+    bound: f64,
+}
+
 /// The errors of layer 0's projections against the goldens of `model`, with the weights of any checkpoint.
-fn linear_errors(spec: &Spec, model: &str, checkpoint: &Checkpoint) -> Vec<(String, f64)> {
+fn linear_errors(spec: &Spec, model: &str, checkpoint: &Checkpoint) -> Vec<Judged> {
     let hidden = Tensors::open("hidden.safetensors");
-    let config = checkpoint.config();
+    let (config, own) = (checkpoint.config(), checkpoints::open(model));
     let (d, f) = (config.hidden, config.intermediate);
     let (q, kv) = (config.heads.q * config.heads.dim, config.heads.kv * config.heads.dim);
     // (projection, the one whose golden input it shares, n, k)
@@ -130,14 +171,42 @@ fn linear_errors(spec: &Spec, model: &str, checkpoint: &Checkpoint) -> Vec<(Stri
     ];
     let errors = projections.map(|(name, source, n, k)| {
         let golden = |name: &str, end: &str| hidden.f32(&format!("{model}/chat_short/layer0.{name}.{end}"));
-        let got = linear(spec, checkpoint, &format!("model.layers.0.{name}"), n, k, &golden(source, "in"));
-        (name.to_owned(), relative_rms(&got, &golden(name, "out")))
+        let (module, input, want) = (format!("model.layers.0.{name}"), golden(source, "in"), golden(name, "out"));
+        let (device, got) = linear(spec, checkpoint, &module, n, k, &input);
+        let weights = own.linear(&module, n, k).unwrap();
+        let bound = LAYER + tensor_core_bound(&device, &weights, k, &input, &want);
+        Judged { name: name.to_owned(), error: relative_rms(&got, &want), bound }
     });
-    errors.to_vec()
+    errors.into()
+}
+
+/// What the sums of a device's tensor cores may lose of a projection, as rms(error) / rms(value).
+fn tensor_core_bound(device: &DeviceInfo, weights: &LinearWeights, k: usize, input: &[f32], want: &[f32]) -> f64 {
+    let (LinearWeight::Fp8 { codes, scale }, true) = (&weights.weight, weights.input != InputScale::None) else {
+        return 0.0;
+    };
+    let limit = |tensor_cores| {
+        let device = DeviceInfo { tensor_cores, ..device.clone() };
+        parity::limit(&device, Work::Linear { rows: input.len() / k, k, dtypes: [DType::E4m3; 2] })
+    };
+    let (with, without) = (limit(device.tensor_cores), limit(None));
+    let sum = |x: &[f32], w: &[u8]| x.iter().zip(w).map(|(x, w)| (x * e4m3::decode(*w)).abs()).sum::<f32>();
+    let magnitudes =
+        input.chunks(k).flat_map(|x| codes.chunks(k).zip(&scale[..]).map(move |(w, scale)| sum(x, w) * scale));
+    let magnitudes: Vec<f32> = magnitudes.collect();
+    let zeros = vec![0.0; want.len()];
+    (with.rms - without.rms) * rms(&magnitudes, &zeros) / rms(want, &zeros) + with.bias
 }
 
 /// A projection of a checkpoint as a program of two ops.
-fn linear(spec: &Spec, checkpoint: &Checkpoint, module: &str, n: usize, k: usize, input: &[f32]) -> Vec<f32> {
+fn linear(
+    spec: &Spec,
+    checkpoint: &Checkpoint,
+    module: &str,
+    n: usize,
+    k: usize,
+    input: &[f32],
+) -> (DeviceInfo, Vec<f32>) {
     let mut runner = Runner::new(checkpoint, spec, Profile::Exact, input.len() / k);
     let m = input.len() / k;
     let weights = checkpoint.linear(module, n, k).unwrap();
@@ -167,7 +236,7 @@ fn linear(spec: &Spec, checkpoint: &Checkpoint, module: &str, n: usize, k: usize
         program.push("quantize", Op::Quantize { x, out: act });
     }
     program.push(module, Op::Linear { x: act, w, out: Cols { buf: out, first: 0 }, add: false });
-    runner.run(&program, out, m * n)
+    (runner.backend.describe(), runner.run(&program, out, m * n))
 }
 
 /// Last-position logits of every prompt.
@@ -294,8 +363,8 @@ fn control_bf16_checkpoint_fails(spec: &Spec, model: &str) -> Result<(), Failed>
 
 /// Every linear and every layer is far outside the bound, ties settled or not.
 fn control_fails(spec: &Spec, model: &str, checkpoint: &Checkpoint) -> Result<(), Failed> {
-    for (name, error) in linear_errors(spec, model, checkpoint) {
-        ensure(error > 100.0 * LAYER, format!("{name} passes the control: {error:.1e}"))?;
+    for Judged { name, error, bound } in linear_errors(spec, model, checkpoint) {
+        ensure(error > 100.0 * LAYER && error > 2.0 * bound, format!("{name} passes the control: {error:.1e}"))?;
     }
     let hidden = Tensors::open("hidden.safetensors");
     let mut runner = Runner::new(checkpoint, spec, Profile::Exact, 128);

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use quaver_core::host::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use quaver_core::host::{HostBackend, Kernels, KvIn, KvOut, RowsIn};
 use quaver_core::op::{DeviceInfo, Heads};
-use quaver_core::sampler::{NO_TOKEN, RowParams, Sampled, Sampler};
+use quaver_core::sampler::{Mask, NO_TOKEN, RowParams, Sampled, Sampler};
 use quaver_core::{Error, Result};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -133,22 +133,23 @@ impl Kernels for CpuKernels {
         });
     }
 
-    fn sample(&mut self, logits: &[f32], params: &[RowParams], history: &mut [u32], out: &mut [Sampled]) {
+    fn sample(&mut self, logits: &[f32], params: &[RowParams], mask: &[u32], history: &mut [u32], out: &mut [Sampled]) {
         if params.is_empty() {
             return;
         }
         let vocab = logits.len() / params.len();
         let mut histories: Vec<_> = history.chunks_exact_mut(vocab).map(Some).collect();
         let mut tasks = Vec::new();
-        for ((logits, params), out) in logits.chunks_exact(vocab).zip(params).zip(out) {
+        let masks = mask.chunks_exact(Mask::width(vocab));
+        for (((logits, params), mask), out) in logits.chunks_exact(vocab).zip(params).zip(masks).zip(out) {
             // A row that scores leaves the history alone. One that chooses needs it, and has it to itself: a sequence
             // has one next token.
             let chooses = params.target == NO_TOKEN;
             let history = if chooses { histories[params.seq as usize].take() } else { None };
-            tasks.push((logits, params, history.unwrap_or_default(), out));
+            tasks.push((logits, params, mask, history.unwrap_or_default(), out));
         }
-        for_each(tasks, |sampler: &mut Sampler, (logits, params, history, out)| {
-            *out = sampler.sample(logits, params, history);
+        for_each(tasks, |sampler: &mut Sampler, (logits, params, mask, history, out)| {
+            *out = sampler.sample(logits, params, mask, history);
         });
     }
 }

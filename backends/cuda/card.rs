@@ -108,7 +108,7 @@ impl Card {
         };
         let fail = |why| Error::device(format!("{NAME} ({})", info.name), why);
         let driver = sys::driver_version().and_then(Result::ok).unwrap_or_default();
-        let compiler = Compiler::for_card(properties.capability, driver)?;
+        let compiler = Compiler::for_card(properties.capability, driver);
         let opened = sys::Card::open(card).map_err(fail)?;
         let (free, total) = opened.memory().map_err(fail)?;
         // What others have taken counts.

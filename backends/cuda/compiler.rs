@@ -15,8 +15,15 @@ use super::sys::{self, Compiled, Nvrtc};
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "--ptxas-options=-v"];
 
 /// The oldest NVRTC that knows all instructions: `mma.sync` on E4M3 came with PTX 8.4 (PTX ISA, release notes).
-const OLDEST: (i32, i32) = (12, 4);
+const OLDEST: Version = (12, 4);
 
+/// What cards that NVRTC does not know are compiled for.
+const PTX: &str = "compute_89";
+
+/// Major and minor, of NVRTC, and of what a driver knows.
+type Version = (i32, i32);
+
+/// What is wrong where there is no compiler at all.
 const MISSING: &str = "there is no NVRTC; install the CUDA toolkit, or `pip install nvidia-cuda-nvrtc` (CUDA 12: \
                        nvidia-cuda-nvrtc-cu12), or copy the cache folder of a machine where `quaver kernels build` ran, or \
                        take --backend wgpu or cpu";
@@ -46,55 +53,52 @@ pub struct Entry {
     pub shared: u32,
 }
 
+/// A kernel file compiled anew, and what the assembler says of it.
+pub struct Assembled {
+    /// A cubin, or PTX, of which the assembler says nothing.
+    pub image: Vec<u8>,
+    /// Its entry points.
+    pub entries: Vec<Entry>,
+    /// What else it remarks: that products of a warpgroup wait for each other, or that it adds waits which are not written.
+    pub remarks: Vec<String>,
+}
+
 /// Compiles for one architecture.
 pub struct Compiler {
     /// As the option names it: `sm_90a`, `compute_89`.
     pub architecture: String,
-    nvrtc: Option<Nvrtc>,
+    /// The version of CUDA that the driver of the card knows; None where there is no card in question.
+    driver: Option<Version>,
+    /// Or why it cannot be used: what is in the cache runs without it.
+    nvrtc: Result<Nvrtc, String>,
 }
 
 impl Compiler {
     /// For an architecture by its name.
     pub fn new(architecture: impl Into<String>) -> Self {
-        Compiler { architecture: architecture.into(), nvrtc: nvrtc() }
+        Compiler { architecture: architecture.into(), driver: None, nvrtc: nvrtc() }
     }
 
     /// For a card of this compute capability under a driver of this CUDA version: its own instructions, or PTX, which the
     /// driver compiles, where NVRTC does not know the card.
-    pub fn for_card((major, minor): (u32, u32), driver: i32) -> Result<Self> {
-        let nvrtc = nvrtc();
-        let architecture = match (major, minor) {
-            (9, 0) => "sm_90a".into(),
-            _ => format!("sm_{major}{minor}"),
+    pub fn for_card(card: (u32, u32), driver: i32) -> Self {
+        let driver = (driver / 1000, driver % 1000 / 10);
+        let found = nvrtc().and_then(|nvrtc| Ok((nvrtc, target(card, driver, nvrtc.version, &nvrtc.architectures())?)));
+        let (nvrtc, architecture) = match found {
+            Ok((nvrtc, architecture)) => (Ok(nvrtc), architecture),
+            Err(why) => (Err(why), own_architecture(card)),
         };
-        let Some(found) = nvrtc else { return Ok(Compiler { architecture, nvrtc }) };
-        let own = (10 * major + minor) as i32;
-        if found.version < OLDEST {
-            let ((major, minor), (least_major, least_minor)) = (found.version, OLDEST);
-            let why = format!("NVRTC {major}.{minor} is too old; install {least_major}.{least_minor} or later");
-            return Err(Error::device("cuda", why));
-        }
-        // Cubins run under any driver of their major version (CUDA Compatibility, "Minor Version Compatibility").
-        if found.version.0 > driver / 1000 {
-            let (major, minor) = found.version;
-            let why = format!(
-                "NVRTC {major}.{minor} is newer than the driver, which knows CUDA {}.{}; update the driver, or install NVRTC \
-                 {} (`pip install nvidia-cuda-nvrtc-cu{}`)",
-                driver / 1000,
-                driver % 1000 / 10,
-                driver / 1000,
-                driver / 1000,
-            );
-            return Err(Error::device("cuda", why));
-        }
-        let architecture = if found.architectures().contains(&own) { architecture } else { "compute_89".into() };
-        Ok(Compiler { architecture, nvrtc })
+        Compiler { architecture, driver: Some(driver), nvrtc }
     }
 
     /// A kernel file: from the cache, or compiled and put there.
     pub fn build(&self, kernel: &Kernel) -> Result<Built> {
-        let Some(nvrtc) = self.nvrtc else { return self.find(kernel) };
-        let path = cache::folder()?.join(self.file(kernel, nvrtc.version));
+        let folder = cache::folder()?;
+        let nvrtc = match &self.nvrtc {
+            Ok(nvrtc) => *nvrtc,
+            Err(why) => return self.find(&folder, kernel).ok_or_else(|| Error::device("cuda", why)),
+        };
+        let path = folder.join(self.file(kernel, nvrtc.version));
         if let Ok(image) = fs::read(&path) {
             return Ok(Built { image, is_new: false, path });
         }
@@ -107,11 +111,11 @@ impl Compiler {
         Ok(Built { image, is_new: true, path })
     }
 
-    /// A kernel file compiled anew, and what the assembler says of its entry points.
-    pub fn compile(&self, kernel: &Kernel) -> Result<(Vec<u8>, Vec<Entry>)> {
-        let nvrtc = self.nvrtc.ok_or_else(|| Error::device("cuda", MISSING))?;
+    /// A kernel file compiled anew, whatever the cache holds.
+    pub fn compile(&self, kernel: &Kernel) -> Result<Assembled> {
+        let nvrtc = self.nvrtc.clone().map_err(|why| Error::device("cuda", why))?;
         let Compiled { image, log } = self.run(nvrtc, kernel)?;
-        Ok((image, entries(&log)))
+        Ok(Assembled { image, entries: entries(&log), remarks: remarks(&log) })
     }
 
     fn run(&self, nvrtc: Nvrtc, kernel: &Kernel) -> Result<Compiled> {
@@ -123,34 +127,70 @@ impl Compiler {
             .map_err(|log| Error::device("cuda", format!("{name} cannot be compiled for {}: {log}", self.architecture)))
     }
 
-    /// Where no compiler is, a file of any compiler's will do.
-    fn find(&self, kernel: &Kernel) -> Result<Built> {
-        let folder = cache::folder()?;
+    /// Where no compiler is, a file of any compiler's will do whose code the driver takes, or what the driver compiles; the
+    /// newest.
+    fn find(&self, folder: &Path, kernel: &Kernel) -> Option<Built> {
         let own = |path: &PathBuf| {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let version = name.strip_prefix("nvrtc-").and_then(|rest| rest.split('-').next()?.split_once('.'));
-            let version = version.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
-            version.is_some_and(|version| self.file(kernel, version) == name)
+            let name = path.file_name()?.to_str()?;
+            let (major, minor) = name.strip_prefix("nvrtc-")?.split('-').next()?.split_once('.')?;
+            let version = (major.parse().ok()?, minor.parse().ok()?);
+            let is_taken = self.driver.is_none_or(|driver| takes(driver, version, &self.architecture));
+            (is_taken && self.file(kernel, version) == name).then_some(version)
         };
-        let entries = fs::read_dir(&folder).map_err(|e| Error::io("read", &folder, e))?;
-        let path = entries.filter_map(|entry| Some(entry.ok()?.path())).find(own);
-        let Some(path) = path else {
-            // What the driver compiles will do, too.
-            let number = self.architecture.strip_prefix("sm_").map(|number| number.trim_end_matches('a'));
-            return match number.and_then(|number| number.parse().ok()) {
-                Some(89..=999u32) => Compiler { architecture: "compute_89".into(), nvrtc: None }.find(kernel),
-                _ => Err(Error::device("cuda", MISSING)),
-            };
-        };
-        let image = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-        Ok(Built { image, is_new: false, path })
+        let entries = fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+        let newest = entries.filter_map(|path| Some((own(&path)?, path))).max();
+        if let Some((_, path)) = newest
+            && let Ok(image) = fs::read(&path)
+        {
+            return Some(Built { image, is_new: false, path });
+        }
+        let number = self.architecture.strip_prefix("sm_")?.trim_end_matches('a').parse();
+        let ptx = Compiler { architecture: PTX.into(), driver: self.driver, nvrtc: self.nvrtc.clone() };
+        number.is_ok_and(|number: u32| number >= 89).then(|| ptx.find(folder, kernel))?
     }
 
     /// What a kernel's file is called: the compiler's version, the architecture, the name, and what it was made from.
-    fn file(&self, kernel: &Kernel, (major, minor): (i32, i32)) -> String {
+    fn file(&self, kernel: &Kernel, (major, minor): Version) -> String {
         let key = cache::key([kernel.source, &self.architecture].into_iter().chain(OPTIONS));
         format!("nvrtc-{major}.{minor}-{}-{}-{key}", self.architecture, kernel.name)
     }
+}
+
+/// The code that is a card's own.
+fn own_architecture((major, minor): (u32, u32)) -> String {
+    // The tensor cores of 9.0 have instructions that no later card has.
+    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
+}
+
+/// Does a driver take what an NVRTC of this version compiled? Cubins run under any driver of their major version, PTX only
+/// under one that knows its version (CUDA Compatibility, "Minor Version Compatibility").
+fn takes(driver: Version, nvrtc: Version, architecture: &str) -> bool {
+    if architecture.starts_with("compute_") { nvrtc <= driver } else { nvrtc.0 <= driver.0 }
+}
+
+/// What an NVRTC that knows these architectures compiles to for a card under a driver; or why it does not do.
+fn target(card: (u32, u32), driver: Version, nvrtc: Version, known: &[i32]) -> Result<String, String> {
+    let (major, minor) = nvrtc;
+    if nvrtc < OLDEST {
+        return Err(format!("NVRTC {major}.{minor} is too old; install {}.{} or later", OLDEST.0, OLDEST.1));
+    }
+    let own = (10 * card.0 + card.1) as i32;
+    let architecture = if known.contains(&own) { own_architecture(card) } else { PTX.to_owned() };
+    if takes(driver, nvrtc, &architecture) {
+        return Ok(architecture);
+    }
+    let knows = format!("the driver knows CUDA {}.{}", driver.0, driver.1);
+    Err(match nvrtc.0 > driver.0 {
+        true => format!(
+            "NVRTC {major}.{minor} is too new, {knows}; update the driver, or install NVRTC {} (`pip install {}`)",
+            driver.0,
+            if driver.0 > 12 { "nvidia-cuda-nvrtc" } else { "nvidia-cuda-nvrtc-cu12" },
+        ),
+        false => format!(
+            "NVRTC {major}.{minor} has only PTX for this card, which is too new, {knows}; update the driver to one that knows \
+             {major}.{minor}"
+        ),
+    })
 }
 
 /// The kernels that are written for an architecture, `sm_90a` or `compute_89`; newer ones take those of sm_89.
@@ -194,13 +234,21 @@ fn entries(log: &str) -> Vec<Entry> {
     entries
 }
 
-/// NVRTC, where this machine has it: in `CUDA_HOME`'s or `CUDA_PATH`'s folder, in /usr/local/cuda, in a Python
-/// environment, or where the system's loader looks.
-pub fn nvrtc() -> Option<Nvrtc> {
+/// The lines of an assembler's log that it numbers as remarks.
+fn remarks(log: &str) -> Vec<String> {
+    log.lines().filter(|line| line.starts_with("ptxas") && line.contains(": (C")).map(str::to_owned).collect()
+}
+
+/// NVRTC, or why there is none: in the folder that `QUAVER_NVRTC` names and nowhere else; where it names none, in
+/// `CUDA_HOME`'s or `CUDA_PATH`'s, in /usr/local/cuda, in a Python environment, or where the system's loader looks.
+pub fn nvrtc() -> Result<Nvrtc, String> {
     let set = |name: &str| env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let named = set("QUAVER_NVRTC").map(|folder| named(&folder)).transpose()?;
+    if let Some(files) = named {
+        return sys::load_nvrtc(&[files], true)?.ok_or_else(|| MISSING.to_owned());
+    }
     let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(set).chain([PathBuf::from("/usr/local/cuda")]);
     let toolkits = toolkits.flat_map(|home| ["lib64", "lib", "bin", "bin/x64"].map(|folder| home.join(folder)));
-    let named = set("QUAVER_NVRTC").into_iter();
     let pythons =
         ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(set).chain(["/usr", "/usr/local"].map(PathBuf::from));
     let pythons = pythons.chain(set("HOME").map(|home| home.join(".local")));
@@ -208,13 +256,23 @@ pub fn nvrtc() -> Option<Nvrtc> {
     let wheels = sites.flat_map(|site| {
         ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cuda_nvrtc/bin"].map(|folder| site.join(folder))
     });
-    let mut homes: Vec<_> = named.chain(toolkits).chain(wheels).filter_map(|folder| libraries(&folder)).collect();
+    let mut homes: Vec<_> = toolkits.chain(wheels).filter_map(|folder| libraries(&folder)).collect();
     // Of two versions the one whose code the driver runs.
     if let Some(Ok(driver)) = sys::driver_version() {
         let major = format!(".so.{}", driver / 1000);
         homes.sort_by_key(|files| !files.iter().any(|file| file.to_string_lossy().contains(&major)));
     }
-    sys::load_nvrtc(&homes)
+    sys::load_nvrtc(&homes, false)?.ok_or_else(|| MISSING.to_owned())
+}
+
+/// The files of NVRTC in the folder that the user names.
+fn named(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    libraries(folder).ok_or_else(|| {
+        let folder = folder.display();
+        format!(
+            "QUAVER_NVRTC is {folder}, which holds no libnvrtc and libnvrtc-builtins; name their folder, or unset it"
+        )
+    })
 }
 
 /// The folders of a Python environment that hold packages.
@@ -258,6 +316,82 @@ mod tests {
                    ptxas info    : Used 209 registers, used 1 barriers, 128 bytes smem, 452 bytes cmem[0]\n";
         let entry = Entry { name: "attend".into(), registers: 209, spills: 24, stack: 24, shared: 128 };
         assert_eq!(entries(log), [entry]);
+        assert!(remarks(log).is_empty());
+        let remark = "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to \
+                      insufficient register resources for the wgmma pipeline in the function 'sm90_linear_e4m3_64'";
+        assert_eq!(remarks(&format!("k.cu(77): warning #177-D\n{remark}\n{log}")), [remark]);
+    }
+
+    #[test]
+    fn a_card_gets_its_own_code_or_ptx_that_the_driver_takes() {
+        let known = [80, 86, 89, 90];
+        for (card, driver, nvrtc, expected) in [
+            ((9, 0), (13, 0), (13, 0), Ok("sm_90a")),
+            ((8, 6), (12, 2), (12, 9), Ok("sm_86")),
+            ((8, 9), (13, 0), (12, 4), Ok("sm_89")),
+            ((12, 0), (13, 0), (13, 0), Ok("compute_89")),
+            ((12, 0), (13, 0), (12, 9), Ok("compute_89")),
+            ((9, 0), (13, 0), (12, 3), Err("NVRTC 12.3 is too old; install 12.4 or later")),
+            (
+                (9, 0),
+                (12, 8),
+                (13, 0),
+                Err(
+                    "NVRTC 13.0 is too new, the driver knows CUDA 12.8; update the driver, or install NVRTC 12 (`pip install \
+                     nvidia-cuda-nvrtc-cu12`)",
+                ),
+            ),
+            (
+                (12, 0),
+                (13, 0),
+                (13, 1),
+                Err(
+                    "NVRTC 13.1 has only PTX for this card, which is too new, the driver knows CUDA 13.0; update the driver to \
+                     one that knows 13.1",
+                ),
+            ),
+        ] {
+            let got = target(card, driver, nvrtc, &known);
+            assert_eq!(got.as_deref().map_err(String::as_str), expected, "{card:?} {driver:?} {nvrtc:?}");
+        }
+    }
+
+    #[test]
+    fn a_folder_without_nvrtc_is_no_nvrtc() {
+        let error = named(Path::new("/nowhere")).unwrap_err();
+        let expected =
+            "QUAVER_NVRTC is /nowhere, which holds no libnvrtc and libnvrtc-builtins; name their folder, or unset it";
+        assert_eq!(error, expected);
+    }
+
+    #[test]
+    fn what_is_in_the_cache_runs_without_nvrtc() {
+        let folder = env::temp_dir().join(format!("quaver-kernels-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let compiler = |architecture: &str, driver| Compiler {
+            architecture: architecture.into(),
+            driver,
+            nvrtc: Err("there is no NVRTC".into()),
+        };
+        for (architecture, version) in [("sm_90a", (12, 6)), ("sm_90a", (13, 1)), ("compute_89", (12, 9))] {
+            let path = folder.join(compiler(architecture, None).file(&KERNELS[0], version));
+            fs::write(path, format!("{architecture} {version:?}")).unwrap();
+        }
+        for (architecture, driver, found) in [
+            ("sm_90a", None, Some("sm_90a (13, 1)")),
+            ("sm_90a", Some((13, 0)), Some("sm_90a (13, 1)")),
+            ("sm_90a", Some((12, 0)), Some("sm_90a (12, 6)")),
+            ("sm_120", Some((13, 0)), Some("compute_89 (12, 9)")),
+            ("sm_120", Some((12, 8)), None),
+            ("sm_80", Some((13, 0)), None),
+        ] {
+            let built = compiler(architecture, driver).find(&folder, &KERNELS[0]);
+            let image = built.map(|built| String::from_utf8(built.image).unwrap());
+            assert_eq!(image.as_deref(), found, "{architecture} {driver:?}");
+        }
+        // Another source is not what was compiled.
+        assert!(compiler("sm_90a", None).find(&folder, &KERNELS[1]).is_none());
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

@@ -17,8 +17,14 @@ use super::tuning::Variant;
 
 const NAME: &str = "cuda-emulated";
 
-/// What `emulator.h` asks of a compiler: f32 as it is written.
-const FLAGS: [&str; 5] = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-DQUAVER_EMULATED"];
+/// What `emulator.h` asks of a compiler: f32 as it is written; and for which cards.
+const fn flags(variant: Variant) -> [&'static str; 5] {
+    let cards = match variant {
+        Variant::Sm80 => "-DQUAVER_EMULATED=800",
+        Variant::Sm89 | Variant::Sm90 => "-DQUAVER_EMULATED=900",
+    };
+    ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", cards]
+}
 
 /// A process that runs kernels.
 pub struct Emulator {
@@ -69,7 +75,8 @@ impl Emulator {
         self.command(b'l', &[launch.entry.len() as u64])?;
         self.commands.write_all(launch.entry.as_bytes())?;
         let [x, y, z] = launch.grid;
-        let words = [x, y, z, launch.threads, 1, 1, launch.shared, launch.args.len() as u32].map(u64::from);
+        let shared = [launch.shared, most_shared(launch.file)];
+        let words = [x, y, z, launch.threads, 1, 1, shared[0], shared[1], launch.args.len() as u32].map(u64::from);
         for word in words.iter().copied().chain(launch.args.iter().flat_map(|arg| {
             let words = arg.words();
             std::iter::once(words.len() as u64).chain(words.iter().copied())
@@ -165,20 +172,29 @@ impl Device for Emulator {
     }
 }
 
-/// The emulator with these kernels, (name, source): from the cache, or compiled.
-pub fn build(kernels: &[(&str, String)]) -> Result<PathBuf> {
+/// Bytes of shared memory that a block may have on every card that a kernel file is written for. Those of 8.6, 8.9 and 12.0
+/// have the least (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+fn most_shared(file: &str) -> u32 {
+    match quaver_kernels::find(file) {
+        Some(kernel) if kernel.targets == ["sm_90a"] => 227 << 10,
+        _ => 99 << 10,
+    }
+}
+
+/// The emulator with these kernels, (name, source), for the cards of a variant: from the cache, or compiled.
+pub fn build(kernels: &[(&str, String)], variant: Variant) -> Result<PathBuf> {
     // Tests that run side by side compile it once.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let texts = kernels.iter().flat_map(|(name, source)| [*name, source.as_str()]);
-    let key = cache::key([EMULATOR_H, EMULATOR_CPP, &compiler].into_iter().chain(FLAGS).chain(texts));
+    let key = cache::key([EMULATOR_H, EMULATOR_CPP, &compiler].into_iter().chain(flags(variant)).chain(texts));
     let program = cache::folder()?.join(format!("emulator-{key}"));
     if program.is_file() {
         return Ok(program);
     }
     let work = program.with_extension(format!("{}.tmp", std::process::id()));
-    let built = compile(&compiler, kernels, &work).and_then(|()| {
+    let built = compile(&compiler, flags(variant), kernels, &work).and_then(|()| {
         let made = work.join("emulator");
         fs::rename(&made, &program).map_err(|e| Error::io("write", &program, e))
     });
@@ -188,7 +204,7 @@ pub fn build(kernels: &[(&str, String)]) -> Result<PathBuf> {
 }
 
 /// Compiles `emulator` in a folder: a process a file, as many at a time as there are cores.
-fn compile(compiler: &str, kernels: &[(&str, String)], folder: &Path) -> Result<()> {
+fn compile(compiler: &str, flags: [&str; 5], kernels: &[(&str, String)], folder: &Path) -> Result<()> {
     let write = |name: &str, text: &str| {
         let path = folder.join(name);
         fs::write(&path, text).map_err(|e| Error::io("write", path, e))
@@ -198,7 +214,7 @@ fn compile(compiler: &str, kernels: &[(&str, String)], folder: &Path) -> Result<
     write("emulator.cpp", EMULATOR_CPP)?;
     kernels.iter().try_for_each(|(name, source)| write(&format!("{name}.cpp"), source))?;
     let run = |args: &[String]| {
-        let command = Command::new(compiler).args(FLAGS).args(args).current_dir(folder).output();
+        let command = Command::new(compiler).args(flags).args(args).current_dir(folder).output();
         let missing = format!("{compiler} cannot be started; install a C++ compiler (Debian, Ubuntu: g++), or set CXX");
         let output = command.map_err(|e| Error::device(NAME, format!("{missing}: {e}")))?;
         match output.status.success() {

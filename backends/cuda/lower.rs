@@ -82,8 +82,8 @@ impl Lower<'_> {
                 let args = [live, Arg::Buf(wanted), Arg::Buf(x), Arg::Buf(out), self.columns(out)];
                 vec![Kernel::new("gather", [self.rows(out), 1, 1], 256, args)]
             }
-            Op::Sample { logits, params, history, out } => {
-                let bufs = [logits, params, history, out].map(Arg::Buf);
+            Op::Sample { logits, params, mask, history, out } => {
+                let bufs = [logits, params, mask, history, out].map(Arg::Buf);
                 let args = [&[live], &bufs[..], &[self.columns(logits), self.stride(logits)]].concat();
                 vec![Kernel::new("sample", [self.rows(out), 1, 1], 1024, args)]
             }
@@ -264,23 +264,27 @@ impl Lower<'_> {
         let (group, m) = ((q_heads / kv_heads) as u32, self.rows(q));
         let cache = self.layouts.desc(kv.k).dtype;
         // Tensor cores want tiles of many rows, and bf16.
-        let is_mma = m > GEMV_ROWS
-            && self.layouts.desc(q).dtype == DType::Bf16
-            && cache != DType::F32
-            && matches!(dim, 64 | 128)
-            && MMA_QUERIES.is_multiple_of(group);
-        let queries = if is_mma { MMA_QUERIES } else { QUERIES };
-        if dim > MOST_DIM || group > queries {
+        let is_bf16 = self.layouts.desc(q).dtype == DType::Bf16 && cache != DType::F32;
+        let is_tiled = is_bf16 && matches!(dim, 64 | 128) && MMA_QUERIES.is_multiple_of(group);
+        let queries = |m: u32| if is_tiled && m > GEMV_ROWS { MMA_QUERIES } else { QUERIES };
+        if dim > MOST_DIM || group > queries(m) {
             return Err(format!(
                 "heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {QUERIES} are supported"
             ));
         }
-        let tile = queries / group;
-        let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
-        let tiles = (m + spans * (tile - 1)) / tile;
         let context = self.cols(rows.page_table) * kv.page_tokens as u32;
-        let splits = self.tuning.splits(tiles * kv_heads as u32, context);
-        let parts = Arg::Scratch(4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + PART_TAIL)) as u64);
+        let cut = |m: u32| {
+            let tile = (queries(m) / group).max(1);
+            let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
+            let tiles = (m + spans * (tile - 1)) / tile;
+            (tiles, self.tuning.splits(tiles * kv_heads as u32, context))
+        };
+        let (tiles, splits) = cut(m);
+        // As much as a program of any size needs, so that it is allocated once. Sizes are powers of two, or the largest.
+        let most = self.layouts.desc(q).rows.capacity() as u32;
+        let sizes = (0..u32::BITS).map(|i| 1 << i).take_while(|m| *m < most).chain([m, most]);
+        let part_rows = sizes.map(|m| u64::from(m) * u64::from(cut(m).1)).max().unwrap_or(0);
+        let parts = Arg::Scratch(4 * part_rows * (q_heads * (dim + PART_TAIL)) as u64);
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
         let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
         let args = vec![
@@ -301,7 +305,7 @@ impl Lower<'_> {
             Arg::F32(factor),
         ];
         let (width, grid) = (dim.next_multiple_of(16) as u32, [tiles, kv_heads as u32, splits]);
-        let attend = if is_mma {
+        let attend = if queries(m) == MMA_QUERIES {
             let shared = 3 * MMA_QUERIES * (2 * width + 16);
             Kernel { entry: format!("sm80_attend_{dim}"), shared, ..Kernel::new("sm80_attend", grid, 128, args) }
         } else {

@@ -17,7 +17,7 @@ mod sys;
 mod tuning;
 
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Op, Plan, Program};
+use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Line, Op, Plan, Program};
 use quaver_core::{Error, Result};
 
 use self::card::Card;
@@ -30,6 +30,8 @@ pub use self::sys::Properties;
 use self::tuning::Tuning;
 pub use self::tuning::Variant;
 pub use quaver_kernels::{KERNELS, Kernel as Source};
+
+use crate::layout::{Layout, Layouts};
 
 /// Schedules of the emulator: each way to order threads with asynchronous work done early and late, and random orders.
 pub const SCHEDULES: usize = 16;
@@ -86,7 +88,7 @@ impl Cuda {
     pub fn emulated_with(kernels: &[(&str, String)], variant: Variant, schedule: usize) -> Result<Self> {
         // Few, so that tests see contexts in one part and in several.
         let tuning = Tuning { variant, processors: 8, most_splits: tuning::MOST_SPLITS };
-        let emulator = Emulator::start(&emulated::build(kernels)?, variant, schedule as u64)?;
+        let emulator = Emulator::start(&emulated::build(kernels, variant)?, variant, schedule as u64)?;
         Ok(Cuda::new(Box::new(emulator), tuning))
     }
 
@@ -95,6 +97,11 @@ impl Cuda {
     pub fn deterministic(mut self) -> Self {
         self.tuning.most_splits = 1;
         self
+    }
+
+    fn lower(&self, line: &Line, program: &Program, layouts: &Layouts) -> Result<Vec<Kernel>> {
+        let unsupported = |why| Error::Unsupported { backend: "cuda".into(), op: line.label.clone(), why };
+        lower::lower(&line.op, program, layouts, &self.tuning).map_err(unsupported)
     }
 
     fn launch(&mut self, kernel: Kernel) -> Result<Launch> {
@@ -141,6 +148,21 @@ impl Backend for Cuda {
         self.device.budget()
     }
 
+    fn scratch(&self, program: &Program, buffers: &[BufDesc]) -> Result<u64> {
+        let mut layouts = Layouts::default();
+        for desc in buffers {
+            layouts.push(Layout::new(desc, u64::MAX >> 1));
+        }
+        let mut most = 0;
+        for line in &program.lines {
+            let kernels = self.lower(line, program, &layouts)?;
+            let args = kernels.iter().flat_map(|kernel| &kernel.args);
+            let bytes = args.map(|arg| if let Arg::Scratch(bytes) = arg { *bytes } else { 0 });
+            most = bytes.fold(most, u64::max);
+        }
+        Ok(most)
+    }
+
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
         self.memory.alloc(&mut *self.device, desc, false)
     }
@@ -161,9 +183,7 @@ impl Backend for Cuda {
                 let why = format!("{} is a constant", self.memory.layouts.desc(buf).name);
                 return Err(Error::Program { line: i, op: line.label.clone(), why });
             }
-            let unsupported = |why| Error::Unsupported { backend: "cuda".into(), op: line.label.clone(), why };
-            let kernels = lower::lower(&line.op, program, &self.memory.layouts, &self.tuning).map_err(unsupported)?;
-            for kernel in kernels {
+            for kernel in self.lower(line, program, &self.memory.layouts)? {
                 launches.push(self.launch(kernel)?);
             }
         }

@@ -365,29 +365,34 @@ pub struct Nvrtc {
     pub version: (i32, i32),
 }
 
-/// Finds NVRTC: from `homes`, whose files are loaded in their order, or where the system's loader looks.
-pub fn load_nvrtc(homes: &[Vec<PathBuf>]) -> Option<Nvrtc> {
-    static FOUND: OnceLock<Option<Nvrtc>> = OnceLock::new();
-    *FOUND.get_or_init(|| {
+/// Finds NVRTC: from `homes`, whose files are loaded in their order, or where the system's loader looks; where it `must`, from
+/// the first of `homes`. None where it is nowhere.
+pub fn load_nvrtc(homes: &[Vec<PathBuf>], must: bool) -> Result<Option<Nvrtc>> {
+    static FOUND: OnceLock<Result<Option<Nvrtc>>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
         // SAFETY: loading a library runs its initializers; these are NVIDIA's, and made for that.
         let load = |file: &PathBuf| unsafe { Library::new(file) };
         for files in homes {
-            let loaded: Result<Vec<Library>, _> = files.iter().map(load).collect();
-            if let Ok(libraries) = loaded {
-                // They stay, so that a search by name finds them.
-                libraries.into_iter().for_each(std::mem::forget);
-                break;
+            match files.iter().map(load).collect::<Result<Vec<Library>, _>>() {
+                Ok(libraries) => {
+                    // They stay, so that a search by name finds them.
+                    libraries.into_iter().for_each(std::mem::forget);
+                    break;
+                }
+                Err(why) if must => return Err(format!("NVRTC cannot be loaded: {why}; see what QUAVER_NVRTC names")),
+                Err(_) => (),
             }
         }
         let mut version = (0, 0);
         // SAFETY: the version is asked for where the library is there, with pointers to numbers.
         unsafe {
             if !rtc::is_culib_present() || rtc::nvrtcVersion(&mut version.0, &mut version.1).result().is_err() {
-                return None;
+                return Ok(None);
             }
         }
-        Some(Nvrtc { version })
-    })
+        Ok(Some(Nvrtc { version }))
+    });
+    found.clone()
 }
 
 /// What NVRTC made of a source.

@@ -123,11 +123,11 @@ impl Lower<'_> {
                 let kernel = kernel.constant("COLS", self.cols(out)).read(1, self.program.live);
                 vec![kernel.write(2, out).read(3, x).read(4, wanted)]
             }
-            Op::Sample { logits, params, history, out } => {
+            Op::Sample { logits, params, mask, history, out } => {
                 let side = self.tuning.sample(self.cols(logits))?;
                 let kernel = reducing("sample", self.rows(out), side).constant("VOCAB", self.cols(logits));
                 let kernel = kernel.constant("STRIDE", self.layout(logits).row_words()).read(1, self.program.live);
-                vec![kernel.write(2, out).write(3, history).read(4, logits).read(5, params)]
+                vec![kernel.write(2, out).write(3, history).read(4, logits).read(5, params).read(6, mask)]
             }
             Op::CopyPages { kv, page_rows, pairs } => {
                 let page = (page_rows * self.layouts.get(kv.k).stride / 16) as u32;

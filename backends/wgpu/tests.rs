@@ -212,6 +212,7 @@ fn a_buffer_that_is_too_large_names_the_flag_that_makes_it_smaller() {
     let live = p.words("live", Extent::Fixed(1), 3, &[1, 1, 0]);
     let logits = p.input("logits", DType::F32, Extent::Wanted(1), vocab, bytes(&noise(vocab, 7)));
     let params = p.words("params", Extent::Wanted(1), 16, &[0; 16]);
+    let mask = p.words("mask", Extent::Wanted(1), vocab / 32, &vec![0; vocab / 32]);
     let history = p.words("history", Extent::Fixed(9), vocab, &vec![0; 9 * vocab]);
     let out = p.words("out", Extent::Wanted(1), 44, &[0; 44]);
     let mut wgpu = Wgpu::with(adapter, variant.features, small).unwrap();
@@ -219,7 +220,7 @@ fn a_buffer_that_is_too_large_names_the_flag_that_makes_it_smaller() {
         wgpu.alloc(desc).unwrap();
     }
     let mut program = Program::new(1, 1, live);
-    program.push("sample", Op::Sample { logits, params, history, out });
+    program.push("sample", Op::Sample { logits, params, mask, history, out });
     let error = wgpu.record(&program).unwrap_err().to_string();
     assert!(error.contains("history takes 18432 bytes") && error.ends_with("lower --max-num-seqs"), "{error}");
 }

@@ -110,8 +110,8 @@ pub trait Kernels: Send {
         reference::swiglu(gate_up, f, out);
     }
     /// [`Op::Sample`]; `history` is `[sequences, vocab]`.
-    fn sample(&mut self, logits: &[f32], params: &[RowParams], history: &mut [u32], out: &mut [Sampled]) {
-        reference::sample(logits, params, history, out);
+    fn sample(&mut self, logits: &[f32], params: &[RowParams], mask: &[u32], history: &mut [u32], out: &mut [Sampled]) {
+        reference::sample(logits, params, mask, history, out);
     }
 }
 
@@ -220,13 +220,14 @@ fn execute(kernels: &mut impl Kernels, memory: &mut Memory, op: &Op, live: Live)
                 }
             });
         }
-        Op::Sample { logits, params, history, out } => {
+        Op::Sample { logits, params, mask, history, out } => {
             let mut counts = memory.take(history);
             memory.write_words(out, |memory, out| {
                 let logits = memory.rows(logits, live.wanted);
                 let Slice::F32(logits) = logits else { unreachable!("checked by record") };
                 let params = &cast_slice(memory.u32s(params))[..live.wanted];
-                kernels.sample(logits, params, &mut counts, &mut cast_slice_mut(out)[..live.wanted]);
+                let mask = memory.u32s(mask);
+                kernels.sample(logits, params, mask, &mut counts, &mut cast_slice_mut(out)[..live.wanted]);
             });
             memory.put(history, counts);
         }

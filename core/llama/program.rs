@@ -5,7 +5,7 @@ use super::weights::{EMBEDDING, HeadWeights, Input, LayerWeights, Projection, lo
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::op::{Act, Backend, Buf, BufDesc, Cols, DType, Extent, Kv, Line, Op, Program, Rows, Scale, StaticScale};
-use crate::sampler::{RowParams, Sampled};
+use crate::sampler::{Mask, RowParams, Sampled};
 
 /// What everything that is not FP8 by the checkpoint is kept in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -72,6 +72,8 @@ pub struct Inputs {
     pub wanted: Buf,
     /// `[w, 16]` u32: [`RowParams`].
     pub params: Buf,
+    /// `[w, ceil(vocab / 32)]` u32: the words of [`Mask`]s, those of rows that have one.
+    pub mask: Buf,
     /// `[sequences, vocab]` u32: token counts for the penalties.
     pub history: Buf,
     /// `[1, 3]` u32: rows, wanted rows and spans in use.
@@ -201,6 +203,7 @@ impl Builder<'_> {
             },
             wanted: self.wanted("wanted", DType::U32, 1)?,
             params: self.wanted("params", DType::U32, size_of::<RowParams>() / 4)?,
+            mask: self.wanted("mask", DType::U32, Mask::width(config.vocab))?,
             history: self.scratch("history", DType::U32, sequences, config.vocab)?,
             live: self.scratch("live", DType::U32, Extent::Fixed(1), 3)?,
         })
@@ -320,8 +323,8 @@ impl Builder<'_> {
         let norm = |out| Op::RmsNorm { x, gamma: weights.norm, eps: config.rms_eps, out };
         let source = Source { label: "model.norm".into(), name: "head_in", rows, width: d, add: false };
         lines.extend(self.feed(source, norm, weights.head, outputs.logits)?);
-        let Inputs { params, history, .. } = *inputs;
-        let op = Op::Sample { logits: outputs.logits, params, history, out: outputs.sampled };
+        let Inputs { params, mask, history, .. } = *inputs;
+        let op = Op::Sample { logits: outputs.logits, params, mask, history, out: outputs.sampled };
         lines.push(Line { label: "sample".into(), op });
         Ok(lines)
     }

@@ -7,7 +7,7 @@ pub mod hugging_face;
 use crate::host::slices::{ActIn, ActOut, ColsOut, Slice, SliceMut, WeightIn};
 use crate::host::{HostBackend, Kernels, KvIn, KvOut, RowsIn};
 use crate::op::{CHOSEN, DeviceInfo, Heads};
-use crate::sampler::{NO_TOKEN, RowParams, Sampled, Sampler};
+use crate::sampler::{Mask, NO_TOKEN, RowParams, Sampled, Sampler};
 
 /// The reference as a backend.
 pub type Reference = HostBackend<ReferenceKernels>;
@@ -213,11 +213,12 @@ fn swiglu_row(gate_up: &[f32], out: &mut [f32]) {
 }
 
 /// Chooses or scores a token a row of `logits[w, vocab]`; `history` is `[sequences, vocab]`.
-pub fn sample(logits: &[f32], params: &[RowParams], history: &mut [u32], out: &mut [Sampled]) {
+pub fn sample(logits: &[f32], params: &[RowParams], mask: &[u32], history: &mut [u32], out: &mut [Sampled]) {
     let mut sampler = Sampler::default();
     let vocab = logits.len() / params.len().max(1);
-    for ((logits, params), out) in logits.chunks_exact(vocab.max(1)).zip(params).zip(out) {
-        *out = sampler.sample(logits, params, &mut history[params.seq as usize * vocab..][..vocab]);
+    let masks = mask.chunks_exact(Mask::width(vocab.max(1)));
+    for (((logits, params), mask), out) in logits.chunks_exact(vocab.max(1)).zip(params).zip(masks).zip(out) {
+        *out = sampler.sample(logits, params, mask, &mut history[params.seq as usize * vocab..][..vocab]);
     }
 }
 

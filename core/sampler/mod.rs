@@ -3,18 +3,21 @@
 //!
 //! 1. scores: log-softmax of the logits as they are gives the log-probabilities that are reported;
 //! 2. stops here where the row has a target;
-//! 3. penalizes, in this order: repetition (positive logits divided, others multiplied) where prompt or output has the
+//! 3. makes -inf of the logits of tokens that the row's [`Mask`] does not allow, where it has one;
+//! 4. penalizes, in this order: repetition (positive logits divided, others multiplied) where prompt or output has the
 //!    token, frequency times its count in the output, presence where the output has it; the result stays finite;
-//! 4. below [`GREEDY_BELOW`] takes the largest;
-//! 5. else divides by the temperature and filters: top-k, then top-p of what is left, then min-p relative to the
+//! 5. below [`GREEDY_BELOW`] takes the largest;
+//! 6. else divides by the temperature and filters: top-k, then top-p of what is left, then min-p relative to the
 //!    likeliest. Each keeps a prefix of the tokens in descending order, and at least the first;
-//! 6. draws: argmax of (logit - largest logit) / temperature + Gumbel noise, where the noise of a token is made of lane
+//! 7. draws: argmax of (logit - largest logit) / temperature + Gumbel noise, where the noise of a token is made of lane
 //!    id % 4 of Philox with counter (id / 4, position, 0, 0) and the seed as its key;
-//! 7. counts the token that it chose in the history.
+//! 8. counts the token that it chose in the history.
 //!
-//! Equal values are ordered by ascending id, everywhere. A logit that is not finite has no probability: -inf is a mask,
-//! NaN and +inf are faults, which are counted and never chosen. A row without a finite logit gives [`NO_TOKEN`].
+//! Equal values are ordered by ascending id, everywhere. A logit that is not finite has no probability: -inf is never
+//! chosen, NaN and +inf are faults, which are counted and never chosen. A row without a finite logit, before or behind its
+//! mask, gives [`NO_TOKEN`].
 
+mod mask;
 mod order;
 mod params;
 mod race;
@@ -22,6 +25,7 @@ mod row;
 #[cfg(test)]
 mod tests;
 
+pub use mask::Mask;
 pub use params::SamplingParams;
 pub use row::{Count, MAX_TOP_N, NO_TOKEN, RowParams, Sampled};
 
@@ -30,12 +34,12 @@ use order::Key;
 /// Temperatures below this are greedy, as in vLLM: dividing by them would only overflow.
 pub const GREEDY_BELOW: f32 = 1e-5;
 
-/// Scratch of the host sampler, kept from row to row: it grows to the vocabulary at most, and only where penalties or
-/// filters are on.
+/// Scratch of the host sampler, kept from row to row: it grows to the vocabulary at most, and only where masks, penalties
+/// or filters are on.
 #[derive(Debug, Default)]
 pub struct Sampler {
-    /// Logits after penalties, `[vocab]`.
-    penalized: Vec<f32>,
+    /// Logits after mask and penalties, `[vocab]`.
+    changed: Vec<f32>,
     /// Tokens that the filters have left.
     keys: Vec<Key>,
 }
@@ -47,19 +51,20 @@ impl Sampler {
     }
 
     /// Chooses a token of one row, or scores `params.target`. `logits` and `history` are `[vocab]`; the words of
-    /// `history` are [`Count`]s of the sequence, and the token that is chosen is added to them.
+    /// `history` are [`Count`]s of the sequence, and the token that is chosen is added to them. `mask` has the words of a
+    /// [`Mask`], which are read where `params.masked` says so.
     ///
     /// ```
     /// use quaver_core::sampler::{Sampler, SamplingParams};
     /// let params = SamplingParams { temperature: 0.0, ..Default::default() };
     /// let mut history = [0; 3];
-    /// let sampled = Sampler::new().sample(&[0.0, 2.0, 1.0], &params.row(0, 0, 42), &mut history);
+    /// let sampled = Sampler::new().sample(&[0.0, 2.0, 1.0], &params.row(0, 0, 42), &[], &mut history);
     /// assert_eq!((sampled.token, sampled.rank, history), (1, 1, [0, 1, 0]));
     /// ```
     ///
     /// # Panics
     /// Where `logits` and `history` differ in length, unless a token is scored: the history is not needed then.
-    pub fn sample(&mut self, logits: &[f32], params: &RowParams, history: &mut [u32]) -> Sampled {
+    pub fn sample(&mut self, logits: &[f32], params: &RowParams, mask: &[u32], history: &mut [u32]) -> Sampled {
         let same = logits.len() == history.len();
         assert!(same || params.target != NO_TOKEN, "logits and history cover the same vocabulary");
         let bad_logits = logits.iter().filter(|l| l.is_nan() || **l == f32::INFINITY).count() as u32;
@@ -76,7 +81,7 @@ impl Sampler {
 
         sampled.token = params.target;
         if params.target == NO_TOKEN {
-            sampled.token = self.choose(logits, params, history);
+            sampled.token = self.choose(logits, params, mask, history);
             if let Some(word) = history.get_mut(sampled.token as usize) {
                 *word = Count(*word).with_generated().0;
             }
@@ -88,17 +93,24 @@ impl Sampler {
         sampled
     }
 
-    /// Steps 3 to 6; at least one logit is finite.
-    fn choose(&mut self, logits: &[f32], params: &RowParams, history: &[u32]) -> u32 {
-        let values = if params.penalizes() {
-            self.penalized.clear();
-            self.penalized
-                .extend(logits.iter().zip(history).map(|(&logit, &word)| penalize(logit, Count(word), params)));
-            &self.penalized
+    /// Steps 3 to 7; at least one logit is finite.
+    fn choose(&mut self, logits: &[f32], params: &RowParams, mask: &[u32], history: &[u32]) -> u32 {
+        let is_masked = params.masked != 0;
+        let values = if is_masked || params.penalizes() {
+            let change = |((&logit, &word), id)| match is_masked && !Mask::allows(mask, id) {
+                true => f32::NEG_INFINITY,
+                false => penalize(logit, Count(word), params),
+            };
+            self.changed.clear();
+            self.changed.extend(logits.iter().zip(history).zip(0..).map(change));
+            &self.changed
         } else {
             logits
         };
         let max = largest(values);
+        if max == f32::NEG_INFINITY {
+            return NO_TOKEN;
+        }
         if params.temperature < GREEDY_BELOW {
             return order::finite(values).find(|&(_, value)| value == max).map_or(NO_TOKEN, |(id, _)| id);
         }

@@ -128,7 +128,8 @@ impl SamplingParams {
             seed_lo: seed as u32,
             seed_hi: (seed >> 32) as u32,
             position,
-            reserved: [0; 3],
+            masked: 0,
+            reserved: [0; 2],
         }
     }
 }

@@ -40,8 +40,10 @@ pub struct RowParams {
     pub seed_hi: u32,
     /// The position that the chosen token will have in its sequence: Philox counter word 1.
     pub position: u32,
+    /// 0 where every token may be chosen, 1 where the row's [`Mask`](super::Mask) says which.
+    pub masked: u32,
     /// Zero.
-    pub reserved: [u32; 3],
+    pub reserved: [u32; 2],
 }
 
 impl RowParams {
@@ -61,7 +63,8 @@ impl RowParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 pub struct Sampled {
-    /// The token that was chosen or scored; [`NO_TOKEN`] where no logit of the row was finite.
+    /// The token that was chosen or scored; [`NO_TOKEN`] where no logit of the row was finite, or
+    /// none of those that its mask allows.
     pub token: u32,
     /// Its natural log-probability; -inf where its logit is not finite or lies outside the vocabulary.
     pub logprob: f32,

@@ -5,7 +5,7 @@ use crate::philox::{gumbel, philox, uniform};
 use proptest::prelude::*;
 
 fn sample(logits: &[f32], params: &RowParams) -> Sampled {
-    Sampler::new().sample(logits, params, &mut vec![0; logits.len()])
+    Sampler::new().sample(logits, params, &[], &mut vec![0; logits.len()])
 }
 
 fn params(change: impl FnOnce(&mut SamplingParams)) -> RowParams {
@@ -62,7 +62,7 @@ fn drawn(logits: &[f32], params: &RowParams, draws: u32) -> Vec<u32> {
     let mut sampler = Sampler::new();
     let mut history = vec![0; logits.len()];
     for position in 0..draws {
-        sampler.sample(logits, &RowParams { position, ..*params }, &mut history);
+        sampler.sample(logits, &RowParams { position, ..*params }, &[], &mut history);
     }
     history
 }
@@ -211,7 +211,7 @@ fn penalties_are_those_of_vllm_in_their_order() {
 fn penalties_move_the_choice_but_not_the_logprobs() {
     let greedy = params(|p| (p.temperature, p.frequency_penalty) = (0.0, 1.0));
     let (mut history, mut sampler, logits) = ([0; 3], Sampler::new(), [3.0, 2.5, 0.0]);
-    let run: Vec<Sampled> = (0..4).map(|_| sampler.sample(&logits, &greedy, &mut history)).collect();
+    let run: Vec<Sampled> = (0..4).map(|_| sampler.sample(&logits, &greedy, &[], &mut history)).collect();
     assert_eq!(run.iter().map(|s| s.token).collect::<Vec<_>>(), [0, 1, 0, 1]);
     assert_eq!(run.iter().map(|s| s.rank).collect::<Vec<_>>(), [1, 2, 1, 2]);
     assert_eq!(history, [2, 2, 0]);
@@ -223,7 +223,7 @@ fn penalties_move_the_choice_but_not_the_logprobs() {
 fn extreme_penalties_stay_finite() {
     let mut history = [u32::MAX; 2];
     let row = RowParams { repetition: f32::MIN_POSITIVE, frequency: -2.0, ..params(|_| {}) };
-    let sampled = Sampler::new().sample(&[3e38, -3e38], &row, &mut history);
+    let sampled = Sampler::new().sample(&[3e38, -3e38], &row, &[], &mut history);
     assert_eq!((sampled.token, history), (0, [u32::MAX; 2]));
 }
 
@@ -234,7 +234,7 @@ fn logprobs_sum_to_one_over_the_vocabulary() {
     let mut sampler = Sampler::new();
     let mut sum = 0.0;
     for (token, exact) in sorted(&logits, 1.0) {
-        let scored = sampler.sample(&logits, &RowParams::score(0, token, 0), &mut history);
+        let scored = sampler.sample(&logits, &RowParams::score(0, token, 0), &[], &mut history);
         assert_eq!(scored.token, token);
         assert!((f64::from(scored.logprob) - exact.ln()).abs() < 2e-6, "token {token}");
         sum += f64::from(scored.logprob).exp();
@@ -260,7 +260,7 @@ fn faulty_logits_are_counted_and_never_chosen() {
     let mut history = [0; 5];
     for position in 0..500 {
         let logits = [f32::NAN, 1.0, f32::INFINITY, f32::NEG_INFINITY, 2.0];
-        let sampled = Sampler::new().sample(&logits, &RowParams { position, ..row }, &mut history);
+        let sampled = Sampler::new().sample(&logits, &RowParams { position, ..row }, &[], &mut history);
         assert_eq!(sampled.bad_logits, 2);
     }
     assert!(history[1] > 0 && history[4] > 0 && history[1] + history[4] == 500);
@@ -319,7 +319,7 @@ proptest! {
         let before: Vec<u32> = words.iter().map(|w| w.1).collect();
         let mut history = before.clone();
         let row = RowParams { target, ..row };
-        let sampled = Sampler::new().sample(&logits, &row, &mut history);
+        let sampled = Sampler::new().sample(&logits, &row, &[], &mut history);
         let finite = logits.iter().filter(|l| l.is_finite()).count();
         let changed = before.iter().zip(&history).filter(|(a, b)| a != b).count();
         prop_assert_eq!(sampled.top().count(), finite.min(row.top_n as usize));
@@ -375,5 +375,44 @@ proptest! {
                 prop_assert_eq!((scored.top_ids[i], scored.top_logprobs[i]), (id, scored.logprob));
             }
         }
+    }
+}
+
+#[test]
+fn a_mask_is_applied_before_everything_but_the_scores() {
+    let logits = some_logits(200, 11);
+    for change in [
+        (|p| p.temperature = 0.0) as fn(&mut SamplingParams),
+        |_| (),
+        |p| (p.top_k, p.top_p, p.min_p, p.repetition_penalty) = (5, 0.9, 0.1, 1.5),
+    ] {
+        let row = RowParams { top_n: 3, ..params(change) };
+        let mut mask = Mask::all(200);
+        (0..200).filter(|id| id % 7 != 3).for_each(|id| mask.forbid(id));
+        let masked: Vec<f32> = (0..200).map(|id| if id % 7 == 3 { logits[id] } else { f32::NEG_INFINITY }).collect();
+        for position in 0..50 {
+            let row = RowParams { position, ..row };
+            let (mut history, mut same) = (vec![Count(0).with_prompt().0; 200], vec![Count(0).with_prompt().0; 200]);
+            let with = RowParams { masked: 1, ..row };
+            let got = Sampler::new().sample(&logits, &with, mask.words(), &mut history);
+            let want = Sampler::new().sample(&masked, &row, &[], &mut same);
+            assert_eq!((got.token, &history), (want.token, &same), "as if other logits were -inf");
+            let scored = Sampler::new().sample(&logits, &RowParams::score(0, got.token, 3), &[], &mut []);
+            assert_eq!(got, scored, "log-probabilities are those of all tokens");
+        }
+    }
+}
+
+#[test]
+fn a_mask_that_leaves_nothing_gives_no_token_and_keeps_the_alternatives() {
+    let logits = [1.0, f32::NEG_INFINITY, 3.0];
+    let mut mask = Mask::all(3);
+    (0..3).filter(|id| *id != 1).for_each(|id| mask.forbid(id));
+    for temperature in [0.0, 1.0] {
+        let row = RowParams { masked: 1, top_n: 2, ..params(|p| p.temperature = temperature) };
+        let mut history = [0; 3];
+        let sampled = Sampler::new().sample(&logits, &row, mask.words(), &mut history);
+        assert_eq!((sampled.token, sampled.rank, sampled.bad_logits, history), (NO_TOKEN, 0, 0, [0; 3]));
+        assert_eq!(sampled.top().map(|(id, _)| id).collect::<Vec<_>>(), [2, 0]);
     }
 }

@@ -3,7 +3,7 @@
 //   w address bytes ...  (nothing)               writes
 //   r address bytes      -> ...                  reads
 //   s schedule           (nothing)               the schedule of the launches that follow
-//   l name grid block shared count (words ...)   -> 0 when it is done
+//   l name grid block shared most count (words ...)  -> 0 when it is done; a block has at most so much shared memory
 // Numbers are words of 64 bits. Whatever is wrong is said on stderr, and ends the process.
 #include "emulator.h"
 
@@ -70,7 +70,7 @@ static_assert(sizeof(Barrier) == 8, "as large as CUDA's");
 struct Box { u32 to; Map map; u64* barrier; u32 x, y; };
 
 const size_t STACK = 256 << 10, SHARED = 228 << 10, STATIC = 64 << 10;
-const u32 MOST_THREADS = 1024, MOST_SHARED = 227 << 10;
+const u32 MOST_THREADS = 1024;
 
 std::vector<Thread> threads(MOST_THREADS);
 std::vector<Warp> warps(MOST_THREADS / 32);
@@ -83,6 +83,8 @@ std::vector<u64*> barriers;
 alignas(1024) u8 memory[STATIC + SHARED];
 u32 reserved;
 u32 launch_bytes;
+// The static arrays of the kernel that runs: bytes by place.
+std::map<u32, u32> arrays;
 const char* kernel_name = "no kernel";
 Launcher kernel;
 const u64* const* arguments;
@@ -372,6 +374,11 @@ u32 reserve(u32 bytes) {
   return at;
 }
 
+u8* array(u32 at, u32 bytes) {
+  arrays[at] = bytes;
+  return shared(at);
+}
+
 u8* shared(u32 at) {
   if (at >= sizeof memory) fail("shared address %u", at);
   return memory + at;
@@ -514,6 +521,17 @@ float f16_value(u32 half) {
   return half & 0x8000 ? -size : size;
 }
 
+u32 f16_code(float x) {
+  u32 sign = __float_as_uint(x) >> 16 & 0x8000;
+  float size = fabsf(x);
+  if (x != x) return sign | 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  if (size < ldexpf(1, -14)) return sign | (u32)nearbyintf(ldexpf(size, 24));
+  int exponent;
+  u32 bits = (u32)nearbyintf(ldexpf(frexpf(size, &exponent), 11));
+  return sign | (((u32)(exponent + 13) << 10) + bits);
+}
+
 u32 bf16_code(float x) {
   u32 bits = __float_as_uint(x);
   return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -555,6 +573,7 @@ void launch() {
   grid_size = {(u32)word(), (u32)word(), (u32)word()};
   block_size = {(u32)word(), (u32)word(), (u32)word()};
   launch_bytes = (u32)word();
+  u32 most_shared = (u32)word();
   std::vector<std::vector<u64>> words(word());
   std::vector<const u64*> places;
   for (auto& argument : words) {
@@ -566,7 +585,9 @@ void launch() {
   auto found = entries().find(name);
   if (found == entries().end()) fail("there is no such kernel");
   if (found->second.arguments != words.size()) fail("%zu arguments, not %u", words.size(), found->second.arguments);
-  if (thread_count() > MOST_THREADS || launch_bytes > MOST_SHARED) fail("too many threads or bytes of shared memory");
+  if (thread_count() > MOST_THREADS) fail("%u threads; at most %u", thread_count(), MOST_THREADS);
+  if (launch_bytes > most_shared) fail("%u bytes of shared memory; at most %u", launch_bytes, most_shared);
+  arrays.clear();
   kernel = found->second.launcher, arguments = places.data();
   std::vector<u64> blocks((u64)grid_size.x * grid_size.y * grid_size.z);
   for (u64 i = 0; i < blocks.size(); i++) blocks[i] = i;
@@ -576,6 +597,9 @@ void launch() {
     block_index = {(u32)(i % grid_size.x), (u32)(i / grid_size.x % grid_size.y), (u32)(i / grid_size.x / grid_size.y)};
     run_block();
   }
+  u32 all = launch_bytes;
+  for (auto [at, bytes] : arrays) all += (bytes + 15) / 16 * 16;
+  if (all > most_shared) fail("%u bytes of shared memory; at most %u", all, most_shared);
   kernel_name = "no kernel";
   u64 done = 0;
   answer(&done, sizeof done);

@@ -1,4 +1,5 @@
-// emulator: the words of ptx.cuh for the CPU, so that g++ compiles the kernels as they are. One block at a time; each of
+// emulator: the words of ptx.cuh for the CPU, so that g++ compiles the kernels as they are, for cards of the architecture
+// QUAVER_EMULATED, which counts as __CUDA_ARCH__ does. One block at a time; each of
 // its threads is a fiber, which runs until it has to wait for others. Who goes on then is the schedule's choice, and so is
 // when an asynchronous copy or product happens: at once, or when it is waited for at the latest. Shared memory holds NaN
 // before a block begins. Tensor cores sum as few bits as cards do (`tensor_sum`). What is not modelled: fences, bank
@@ -40,6 +41,7 @@ u64 exchange(u64 word, u32 lane);
 
 // Shared memory: a place for an array that every block has, what the launch asked for, and addresses of 32 bits.
 u32 reserve(u32 bytes);
+u8* array(u32 at, u32 bytes);
 u8* shared(u32 at);
 u8* launch_shared();
 u32 address_of(const void* p);
@@ -69,6 +71,7 @@ void wait_wgmma(int most);
 float e4m3_value(u32 code);
 u32 e4m3_code(float x);
 float f16_value(u32 half);
+u32 f16_code(float x);
 u32 bf16_code(float x);
 
 // Arguments arrive as words; a map takes as many as it has.
@@ -94,14 +97,12 @@ struct Entry { Entry(const char* name, Launcher launcher, u32 arguments); };
                                                         emulator::Call<&name>::arguments);
 #define SHARED(type, name, count) \
   static const u32 place_of_##name = emulator::reserve(sizeof(type) * (count)); \
-  type* const name = (type*)emulator::shared(place_of_##name)
+  type* const name = (type*)emulator::array(place_of_##name, sizeof(type) * (count))
 #define LAUNCH_SHARED(name) u8* const name = emulator::launch_shared()
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
-#define HAS_E4M3
-
 typedef emulator::Map TensorMap;
 #define TENSOR_MAP(name) const TensorMap name
 
@@ -137,9 +138,12 @@ DEVICE u32 atomicAdd(u32* to, u32 x) { u32 old = *to; *to = old + x; return old;
 DEVICE void dependency_wait() { emulator::dependency_wait(); }
 DEVICE u32 shared_address(const void* p) { return emulator::address_of(p); }
 DEVICE u32 bf16x2_encode(float low, float high) { return emulator::bf16_code(low) | emulator::bf16_code(high) << 16; }
-DEVICE u32 e4m3x2_encode(float low, float high) { return emulator::e4m3_code(low) | emulator::e4m3_code(high) << 8; }
 DEVICE float f16_low(u32 halves) { return emulator::f16_value(halves & 0xffff); }
 DEVICE float f16_high(u32 halves) { return emulator::f16_value(halves >> 16); }
+// Cards before 8.9 do it by hand (`numbers.cuh`).
+#if QUAVER_EMULATED >= 890
+#define HAS_E4M3
+DEVICE u32 e4m3x2_encode(float low, float high) { return emulator::e4m3_code(low) | emulator::e4m3_code(high) << 8; }
 DEVICE u32 e4m3x2_to_f16x2(u32 pair) {
   // Exact: an f16 has one exponent bit more.
   auto half = [](u32 code) -> u32 {
@@ -149,6 +153,10 @@ DEVICE u32 e4m3x2_to_f16x2(u32 pair) {
     return x == 0 ? sign : sign | (((bits >> 13) & 0x3ffff) - (112 << 10));
   };
   return half(pair & 0xff) | half(pair >> 8 & 0xff) << 16;
+}
+#endif
+DEVICE u32 f16x2_multiply(u32 a, u32 b) {
+  return emulator::f16_code(f16_low(a) * f16_low(b)) | emulator::f16_code(f16_high(a) * f16_high(b)) << 16;
 }
 DEVICE u32 bf16x2_multiply(u32 a, u32 b) {
   return bf16x2_encode(__uint_as_float(a << 16) * __uint_as_float(b << 16),

@@ -42,7 +42,7 @@ pub fn run(model: Option<&str>, options: &Options, mut on_progress: impl FnMut(&
     on_progress("reading the model");
     let checkpoint = Checkpoint::open(model::files(model, options.llm.offline)?)?;
     let engine = fit(&checkpoint, options)?;
-    let plan = MemoryPlan::new(&checkpoint, &engine)?;
+    let plan = MemoryPlan::new(&checkpoint, &engine, None)?;
     check_cache(&plan, &engine, options)?;
     on_progress("loading the model");
     forget_peak_memory();

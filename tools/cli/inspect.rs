@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<()> {
     let checkpoint = Checkpoint::open(files.clone())?;
     let tokenizer = files.get("tokenizer.json")?.map(|json| Tokenizer::from_json(&json)).transpose()?;
     let has_chat_template = quaver::text_model::chat_template(&files)?.is_some();
-    let plan = MemoryPlan::new(&checkpoint, &args.model.options(args.max_num_seqs.into()).engine)?;
+    let plan = MemoryPlan::new(&checkpoint, &args.model.options(args.max_num_seqs.into()).engine, None)?;
     let model = Model { checkpoint, tokenizer, has_chat_template, plan };
     let mut out = io::stdout().lock();
     if args.json {

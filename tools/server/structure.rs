@@ -8,6 +8,7 @@ use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use quaver_core::guide::Guide;
+use quaver_core::sampler::Mask;
 use quaver_core::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -240,16 +241,14 @@ struct Follower {
 }
 
 impl Guide for Follower {
-    fn mask(&mut self, logits: &mut [f32]) -> Result<()> {
-        let allowed = self.matcher.compute_mask().map_err(refused)?;
+    fn mask(&mut self, mask: &mut Mask) -> Result<()> {
+        let mut allowed = self.matcher.compute_mask().map_err(refused)?;
         let may_end = self.matcher.is_accepting().map_err(refused)?;
-        for (id, logit) in logits.iter_mut().enumerate() {
-            let id = id as u32;
-            let is_allowed = if self.eos.contains(&id) { may_end } else { allowed.is_allowed(id) };
-            if !is_allowed {
-                *logit = f32::NEG_INFINITY;
-            }
+        let vocab = allowed.len();
+        for id in self.eos.iter().map(|id| *id as usize).filter(|id| *id < vocab) {
+            allowed.set(id, may_end);
         }
+        mask.keep(allowed.as_slice());
         Ok(())
     }
 
