@@ -683,6 +683,11 @@ fn known<'a>(
     (sequence, requests.get_mut(&id).expect("a request is forgotten when its sequence is removed"))
 }
 
+/// Tokens that a prompt and its answer can have together in an engine of these options.
+pub fn context(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<usize> {
+    Ok(sizes(checkpoint, options)?.context)
+}
+
 /// Buffer sizes for a checkpoint: what the options allow, and no more than the KV cache can serve.
 pub(crate) fn sizes(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Sizes> {
     let config = checkpoint.config();

@@ -163,9 +163,13 @@ fn tasks_score_what_lm_evaluation_harness_scores() {
     }
     for (name, scores) in harness {
         let task = Task::read(&fixtures().join(format!("tasks/{name}.jsonl")), usize::MAX).unwrap();
-        let mut lines = 0;
-        let report = task.run(with_tokenizer.path().to_str(), &options(), || lines += 1).unwrap();
-        assert_eq!((report.lines, report.scores.len()), (task.len(), scores.len()), "{name}");
+        let (length, metrics, mut lines) = (task.len(), task.metrics(), 0);
+        let model = with_tokenizer.path().to_str();
+        let task = eval::tokenize(vec![task], model, &options(), || ()).unwrap().remove(0);
+        let report = task.run(model, &options(), || lines += 1).unwrap();
+        assert_eq!((report.lines, lines), (length, length), "{name}");
+        assert!(metrics.into_iter().eq(scores.iter().map(|(metric, _)| *metric)), "{name}");
+        assert!(report.scores.keys().eq(scores.iter().map(|(metric, _)| metric)), "{name}");
         for &(metric, want) in scores {
             let got = report.scores[&metric].value;
             assert!((got - want).abs() < 1e-4, "{name} {}: {got}, not {want}", metric.name());

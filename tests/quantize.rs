@@ -12,10 +12,13 @@ use half::bf16;
 use quaver::quantize::{self, Options, Progress};
 use quaver_backends::{Kind, Spec};
 use quaver_core::checkpoint::{Checkpoint, Files, Tensor, TensorDType};
+use quaver_core::llama::Profile;
 use quaver_core::quantize::{Recipe, Scheme};
 use sha2::{Digest, Sha256};
 use support::checkpoints::{self, fixtures};
 use support::goldens;
+use support::runner::Runner;
+use support::tiny::{self, Random, Tiny};
 
 fn recipe(scheme: Scheme) -> Recipe {
     Recipe { scheme, kv_cache: false, ignore: vec!["lm_head".into()] }
@@ -32,7 +35,7 @@ fn samples(names: &[String]) -> Vec<Vec<u32>> {
 }
 
 fn quantize(to: &Path, options: &Options, samples: &[Vec<u32>]) -> quaver::Result<Checkpoint> {
-    quantize::write(&source("tiny-llama"), to, options, samples, "test texts", |_| ())?;
+    quantize::write(&source("tiny-llama"), to, options, samples, None, |_| ())?;
     Checkpoint::open(Files::dir(to)?)
 }
 
@@ -41,7 +44,7 @@ fn fp8_dynamic_is_llm_compressors_file_byte_for_byte() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("out");
     let (mut total, mut written) = (0, 0);
-    quantize::write(&source("tiny-llama"), &to, &Options::new(recipe(Scheme::Fp8Dynamic)), &[], "", |progress| {
+    quantize::write(&source("tiny-llama"), &to, &Options::new(recipe(Scheme::Fp8Dynamic)), &[], None, |progress| {
         match progress {
             Progress::Total(bytes) => total = bytes,
             Progress::Written(bytes) => written += bytes,
@@ -235,11 +238,39 @@ fn ignored_layers_stay_as_they_are() {
 }
 
 #[test]
+fn a_head_of_its_own_is_quantized_where_it_is_not_ignored() {
+    let mut tiny = Tiny::new();
+    tiny.config["tie_word_embeddings"] = false.into();
+    let head = tiny.tensors["model.embed_tokens.weight"].values().iter().rev().copied().collect::<Vec<_>>();
+    let head = tiny::Tensor::new(safetensors::Dtype::BF16, &tiny.tensors["model.embed_tokens.weight"].shape, &head);
+    tiny.tensors.insert("lm_head.weight".into(), head);
+    let (source, ids, folder) = (tiny.open(), Random(3).ids(40), tempfile::tempdir().unwrap());
+    let quantized = |scheme, ignore: &[String]| {
+        let to = folder.path().join(format!("{scheme:?} {}", ignore.len()));
+        let options = Options::new(Recipe { ignore: ignore.to_vec(), ..recipe(scheme) });
+        quantize::write(source.checkpoint.files(), &to, &options, std::slice::from_ref(&ids), None, |_| ()).unwrap();
+        Checkpoint::open(Files::dir(to).unwrap()).unwrap()
+    };
+    let logits = |of: &Checkpoint| Runner::new(of, &Kind::Cpu.into(), Profile::Exact, 64).logits(&ids, 40);
+    for scheme in Scheme::ALL {
+        let got = quantized(scheme, &[]);
+        assert_eq!(got.tensor("lm_head.weight").unwrap().dtype, TensorDType::E4m3, "{scheme:?}");
+        assert_eq!(got.tensors().any(|t| t.name == "lm_head.input_scale"), scheme.is_static(), "{scheme:?}");
+        // The same with the head as it was: what the head's own codes cost.
+        let (got, want) = (logits(&got), logits(&quantized(scheme, &["lm_head".into()])));
+        let squares = |of: &dyn Fn(usize) -> f32| (0..want.len()).map(|i| f64::from(of(i)).powi(2)).sum::<f64>();
+        let off = (squares(&|i| got[i] - want[i]) / squares(&|i| want[i])).sqrt();
+        eprintln!("{scheme:?}: off by {off:.4}");
+        assert!((0.01..0.06).contains(&off), "{scheme:?}: {off}");
+    }
+}
+
+#[test]
 fn what_cannot_be_quantized_is_refused_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("out");
     let refusal = |model: &str, recipe: Recipe, samples: &[Vec<u32>]| {
-        let result = quantize::write(&source(model), &to, &Options::new(recipe), samples, "", |_| ());
+        let result = quantize::write(&source(model), &to, &Options::new(recipe), samples, None, |_| ());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "{model}");
         result.unwrap_err().to_string()
     };
@@ -293,7 +324,7 @@ fn a_weight_that_is_not_finite_is_named() {
     fs::copy(model.join("config.json"), from.join("config.json")).unwrap();
     let options = Options::new(recipe(Scheme::Fp8Dynamic));
     let to = folder.path().join("out");
-    let error = quantize::write(&Files::dir(from).unwrap(), &to, &options, &[], "", |_| ()).unwrap_err();
+    let error = quantize::write(&Files::dir(from).unwrap(), &to, &options, &[], None, |_| ()).unwrap_err();
     assert_eq!(
         error.to_string(),
         format!("tensor {name}: holds NaN or infinity in row 3: the model is damaged; download it again")

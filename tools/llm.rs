@@ -1,5 +1,6 @@
 //! The in-process API: a model that takes text or tokens and gives text.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
@@ -198,15 +199,17 @@ impl Llm {
         mut on_progress: impl FnMut(usize, Progress) -> ControlFlow<()>,
     ) -> Result<Vec<Completion>> {
         let start = Instant::now();
-        let mut answers = Vec::new();
+        let (mut answers, mut numbers) = (Vec::new(), HashMap::new());
         let submitted = requests.into_iter().try_for_each(|request| {
-            answers.push(Answer::submit(self, request)?);
+            let answer = Answer::submit(self, request)?;
+            numbers.insert(answer.id, answers.len());
+            answers.push(answer);
             Ok(())
         });
         let run = submitted.and_then(|()| {
             while !self.engine.is_idle() {
                 for (id, output) in self.engine.step()? {
-                    let Some(i) = answers.iter().position(|answer| answer.id == id) else { continue };
+                    let Some(&i) = numbers.get(&id) else { continue };
                     let flow = answers[i].take(output, start, &mut |text| on_progress(i, Progress::Text(text)))?;
                     if flow.is_break() && answers[i].finish_reason.is_none() {
                         answers[i].finish_reason = Some(FinishReason::Stop);

@@ -12,6 +12,7 @@ use quaver_core::{Error, Result};
 
 use crate::model::is_terms;
 use crate::model_card;
+use crate::samples::Draw;
 
 /// Files that a quantized model keeps as they are, beside its terms: what makes and ends its texts.
 const KEPT: [&str; 7] = [
@@ -56,27 +57,28 @@ pub enum Progress {
 }
 
 /// Writes the quantized model to a folder that must not exist yet, whole or not at all. `samples` are what static scales
-/// are calibrated with; they may be empty where the recipe has none. `data` says in the model card where they are from.
+/// are calibrated with; they may be empty where the recipe has none. `draw` says in the model card where they are from.
 pub fn write(
     source: &Files,
     folder: &Path,
     options: &Options,
     samples: &[Vec<u32>],
-    data: &str,
+    draw: Option<&Draw>,
     mut on_progress: impl FnMut(Progress),
 ) -> Result<()> {
     let checkpoint = Checkpoint::open(source.clone())?;
     let quantizer = Quantizer::new(&checkpoint, options.recipe.clone())?;
     place(folder, |folder| {
-        let calibration = match options.recipe.needs_calibration() {
+        let calibrated = match options.recipe.needs_calibration() {
             true => {
                 let mut backend = quaver_backends::open(&options.device)?;
                 let on_sample = |tokens| on_progress(Progress::Sample(tokens));
-                Some(quantizer.calibrate(&mut *backend, samples, options.batch, on_sample)?)
+                let calibration = quantizer.calibrate(&mut *backend, samples, options.batch, on_sample)?;
+                Some((calibration, backend.describe()))
             }
             false => None,
         };
-        let parts = quantizer.parts(calibration.as_ref());
+        let parts = quantizer.parts(calibrated.as_ref().map(|(calibration, _)| calibration));
         on_progress(Progress::Total(parts.iter().map(Part::bytes).sum()));
         write_tensors(folder, parts, options.max_shard_bytes, |bytes| on_progress(Progress::Written(bytes)))?;
         let put = |name: &str, bytes: &[u8]| {
@@ -89,7 +91,12 @@ pub fn write(
                 put(name, &bytes)?;
             }
         }
-        let calibrated = calibration.as_ref().map(|Calibration { tokens, .. }| (data, samples.len(), *tokens));
-        put(model_card::FILE, model_card::text(source, &quantizer, calibrated)?.as_bytes())
+        let calibrated = calibrated.map(|(Calibration { tokens, .. }, device)| model_card::Calibrated {
+            draw,
+            samples: samples.len(),
+            tokens,
+            device,
+        });
+        put(model_card::FILE, model_card::text(source, &quantizer, options, calibrated.as_ref())?.as_bytes())
     })
 }

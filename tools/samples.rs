@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::philox::philox;
@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::text::{ChatTemplate, RenderOptions, Tokenizer};
-use crate::text_model::chat_template;
+use crate::text_model::{Prompt, chat_template};
 
 /// Bytes of a line, at most: a JSON line of a book has a few MiB.
 const MAX_LINE: u64 = 64 << 20;
@@ -111,7 +111,7 @@ impl Sample {
         let ids = match self {
             Sample::Ids(ids) => ids.clone(),
             Sample::Text(text) | Sample::Book(text) => encoder.text(text)?,
-            Sample::Messages(messages) => encoder.messages(messages)?,
+            Sample::Messages(messages) => encoder.chat(messages, &RenderOptions::default())?,
         };
         match ids.iter().find(|&&id| id as usize >= encoder.vocab) {
             Some(&id) => Err(Error::TokenOutOfRange { id, vocab: encoder.vocab }),
@@ -150,10 +150,29 @@ impl Encoder {
         tokenizer.encode(text, !bos.is_some_and(|bos| text.starts_with(&bos)))
     }
 
-    fn messages(&self, messages: &Value) -> Result<Vec<u32>> {
+    /// The tokens of what is to be answered. Of a conversation that ends with the assistant, the answer goes on with
+    /// that message.
+    pub fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        match prompt {
+            Prompt::Text(text) => self.text(text),
+            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Messages(messages) => {
+                let last = messages.as_array().and_then(|messages| messages.last());
+                let begun = last.is_some_and(|last| last["role"] == "assistant");
+                let options = RenderOptions {
+                    add_generation_prompt: !begun,
+                    continue_final_message: begun,
+                    ..RenderOptions::default()
+                };
+                self.chat(messages, &options)
+            }
+        }
+    }
+
+    fn chat(&self, messages: &Value, options: &RenderOptions) -> Result<Vec<u32>> {
         let why = "this model brings none; give texts instead of messages";
         let template = self.template.as_ref().ok_or_else(|| Error::text("chat template", why))?;
-        self.tokenizer()?.encode_chat(template, messages, &RenderOptions::default())
+        self.tokenizer()?.encode_chat(template, messages, options)
     }
 
     fn tokenizer(&self) -> Result<&Tokenizer> {
@@ -170,35 +189,45 @@ fn shuffle<T>(samples: &mut [T], seed: u64) {
     }
 }
 
-/// Token ids of at most `most` samples of at most `length` tokens each: the first ones, or those that a seed draws. Of
-/// several samples they are the beginning of each; of a book, one piece after another, each with the begin-of-text token
-/// in front.
-pub fn cut(
-    samples: &[Sample],
-    encoder: &Encoder,
-    most: usize,
-    length: usize,
-    seed: Option<u64>,
-) -> Result<Vec<Vec<u32>>> {
-    fn draw<T>(mut samples: Vec<T>, most: usize, seed: Option<u64>) -> Vec<T> {
-        if let Some(seed) = seed {
+/// Which samples are taken of a file, and how much of each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Draw {
+    /// The file, which [`read`] reads.
+    pub file: PathBuf,
+    /// Samples, at most.
+    pub most: usize,
+    /// Tokens of a sample, at most.
+    pub length: usize,
+    /// Draws samples of the whole file; None for its first ones.
+    pub seed: Option<u64>,
+}
+
+impl Draw {
+    /// The samples' token ids. Of several samples they are the beginning of each; of a book, one piece after another, each
+    /// with the begin-of-text token in front.
+    pub fn samples(&self, encoder: &Encoder) -> Result<Vec<Vec<u32>>> {
+        let samples = read(&self.file, if self.seed.is_some() { usize::MAX } else { self.most })?;
+        if let [Sample::Book(text)] = &samples[..] {
+            let ids = encoder.text(text)?;
+            let (bos, text) = split_bos(&ids, encoder.bos);
+            let pieces = self.drawn(text.chunks(self.length - bos.len()).collect());
+            return Ok(pieces.into_iter().map(|piece| [bos, piece].concat()).collect());
+        }
+        let cut = |sample: Sample| {
+            let mut ids = sample.encode(encoder)?;
+            ids.truncate(self.length);
+            Ok(ids)
+        };
+        self.drawn(samples).into_iter().map(cut).collect()
+    }
+
+    fn drawn<T>(&self, mut samples: Vec<T>) -> Vec<T> {
+        if let Some(seed) = self.seed {
             shuffle(&mut samples, seed);
         }
-        samples.truncate(most);
+        samples.truncate(self.most);
         samples
     }
-    if let [Sample::Book(text)] = samples {
-        let ids = encoder.text(text)?;
-        let (bos, text) = split_bos(&ids, encoder.bos);
-        let pieces = draw(text.chunks(length - bos.len()).collect(), most, seed);
-        return Ok(pieces.into_iter().map(|piece| [bos, piece].concat()).collect());
-    }
-    let cut = |sample: &Sample| {
-        let mut ids = sample.encode(encoder)?;
-        ids.truncate(length);
-        Ok(ids)
-    };
-    draw(samples.iter().collect(), most, seed).into_iter().map(cut).collect()
 }
 
 /// The begin-of-text token in front, where there is one, and the rest.
@@ -215,7 +244,7 @@ mod tests {
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
         let encoder = Encoder::open(&Checkpoint::open(crate::files(None, true).unwrap()).unwrap()).unwrap();
-        cut(&read(&path, usize::MAX).unwrap(), &encoder, most, 8, seed).unwrap()
+        Draw { file: path, most, length: 8, seed }.samples(&encoder).unwrap()
     }
 
     #[test]

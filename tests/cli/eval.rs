@@ -76,6 +76,63 @@ fn tasks_give_scores_and_what_is_recovered_of_a_baseline() {
 }
 
 #[test]
+fn tasks_that_cannot_be_judged_or_run_are_refused_before_any_is_run() {
+    let (folder, model, _) = text();
+    let file = |name: &str, lines: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, lines).unwrap();
+        path.display().to_string()
+    };
+    let sound = r#"{"prompt": "It was a cold", "choices": ["morning", "fire"], "answer": 0}"#;
+    let good = file("good.jsonl", sound);
+    // A run says which model computes what: nothing may be said before a refusal.
+    let refused = |code: i32, args: &[&str], why: &str| {
+        let base = ["eval", "tasks", "--model", &model, "--backend", "cpu"];
+        quaver([&base, args].concat()).env("RUST_LOG", "info").fails(code, why);
+    };
+    refused(
+        2,
+        &[&format!("{good}:accuracy")],
+        &format!("{good}:accuracy: accuracy is no metric; the metrics are acc, acc_norm, mc2, exact_match"),
+    );
+    refused(2, &[&format!("{good}:mc2")], "good: its lines give acc, acc_norm, not mc2");
+    let baseline = file("base.json", r#"{"tasks": [{"task": "other", "scores": {"acc": {"value": 1}}}]}"#);
+    refused(1, &[&good, "--baseline", &baseline], "--baseline: has no acc of good; run the base over the same files");
+    let long =
+        file("long.jsonl", &format!("{sound}\n\n{{\"prompt\": \"{}\", \"answer\": \"b\"}}", "It was. ".repeat(20)));
+    refused(
+        1,
+        &[&good, &long, "--max-model-len", "300"],
+        &format!(
+            "{long}: line 3: has 62 tokens and wants 256 more, the context holds 300; shorten it, lower its `max_tokens`, \
+             or raise --max-model-len or --kv-cache-memory"
+        ),
+    );
+    let longer = sound.replace("cold", &"cold ".repeat(9000));
+    let longer = file("longer.jsonl", &longer);
+    refused(
+        1,
+        &[&good, &longer],
+        &format!("{longer}: line 1: has 9006 tokens with its choice, the model is made for 4096; shorten it"),
+    );
+}
+
+#[test]
+fn an_answer_goes_on_with_what_the_assistant_has_begun() {
+    let (folder, model, _) = text();
+    let task = folder.path().join("task.jsonl");
+    let line = |answer: &str| {
+        let user = serde_json::json!({"role": "user", "content": "Who is Captain Hook?"});
+        let begun = serde_json::json!({"role": "assistant", "content": "Captain Hook is a"});
+        serde_json::json!({"messages": [user, begun], "answer": answer, "max_tokens": 32}).to_string()
+    };
+    fs::write(&task, line(" pirate, and the great enemy of Peter Pan.")).unwrap();
+    let path = task.display().to_string();
+    let got = quaver(["eval", "tasks", &path, "--model", &model, "--json"]).json().remove(0);
+    assert_eq!(got["average"], 1.0);
+}
+
+#[test]
 fn mistakes_are_told_in_one_line() {
     let (folder, model, text) = text();
     let perplexity =
@@ -94,11 +151,18 @@ fn mistakes_are_told_in_one_line() {
             "line 1: `answer` must be the number of a choice from 0 on, found 2",
         ),
         (r#"{"prompt": "a", "choices": ["b", "c"]}"#, "line 1: has neither `answer` nor `labels`"),
+        (
+            r#"{"messages": [], "choices": ["b", "c"], "answer": 0}"#,
+            "line 1: has choices behind messages; write the conversation as a `prompt`, as the template renders it",
+        ),
         ("", "has no line; give a JSON object a line"),
     ] {
         fs::write(&task, line).unwrap();
         quaver(["eval", "tasks", &path, "--model", &model]).fails(1, &format!("{path}: {why}"));
     }
+    fs::write(&task, "{\"prompt\": \"a\", \"anwser\": \"b\"}").unwrap();
+    quaver(["eval", "tasks", &path, "--model", &model])
+        .fails_with(1, &["task.jsonl: line 1: unknown field `anwser`, expected one of `prompt`, `messages`"]);
     let empty = folder.path().join("empty.txt").display().to_string();
     fs::write(&empty, "").unwrap();
     quaver(["eval", "perplexity", "--model", &model, "--data", &empty])

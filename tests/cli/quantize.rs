@@ -37,21 +37,42 @@ fn a_quantized_model_answers_and_brings_everything_along() {
     fs::write(&texts, lines.join("\n")).unwrap();
     let texts = texts.display().to_string();
     let args =
-        ["quantize", &source, &model, "--scheme", "fp8", "--kv-cache", "--calibration", &texts, "--shuffle", "1"];
+        ["quantize", &source, &model, "--scheme", "fp8", "--kv-cache", "--calibration", &texts, "--backend", "cpu"];
     assert_eq!(quaver(args).succeeds(), "");
     for (file, text) in [("LICENSE.txt", "terms"), ("NOTICE", "built with")] {
         assert_eq!(fs::read_to_string(to.join(file)).unwrap(), text);
     }
     let card = fs::read_to_string(to.join("README.md")).unwrap();
-    for part in
-        ["---\nlicense: apache-2.0\n", "| calibration | 4 samples,", "of texts.jsonl |", "--scheme fp8 --kv-cache"]
-    {
+    let flags = "--scheme fp8 --kv-cache --ignore 'lm_head' --calibration texts.jsonl --samples 512 \
+                 --max-seq-len 2048 --batch-size 1 --backend cpu\n";
+    for part in ["---\nlicense: apache-2.0\n", "| calibration | 4 samples,", "of texts.jsonl, run on cpu (", flags] {
         assert!(card.contains(part), "{part:?} is not in {card}");
     }
     let answer = quaver(["generate", "--model", &model, "--temperature", "0", "Who is Captain Hook?"]).succeeds();
     assert_eq!(answer, "Captain Hook is a pirate, and the great enemy of Peter Pan.\n");
-    let inspected = quaver(["inspect", "--model", &model, "--json"]).json().remove(0);
-    assert_eq!(inspected["tensors"], serde_json::Value::Null);
+}
+
+#[test]
+fn a_seed_draws_the_samples_and_the_card_repeats_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(folder.path());
+    let texts = folder.path().join("texts.jsonl");
+    let lines = ["It was a cold morning.", "Nobody said a word.", "Once upon a time", "A pirate!", "The fire was out."];
+    fs::write(&texts, lines.map(|text| serde_json::json!({"text": text}).to_string()).join("\n")).unwrap();
+    let texts = texts.display().to_string();
+    let quantized = |name: &str, more: &[&str]| {
+        let to = folder.path().join(name);
+        let args = ["quantize", &source, to.to_str().unwrap(), "--scheme", "fp8", "--calibration", &texts];
+        assert_eq!(quaver([&args, more].concat()).succeeds(), "");
+        (fs::read(to.join("model.safetensors")).unwrap(), fs::read_to_string(to.join("README.md")).unwrap())
+    };
+    let (first, _) = quantized("first", &["--samples", "2"]);
+    let (drawn, card) = quantized("drawn", &["--samples", "2", "--shuffle", "7", "--max-seq-len", "16"]);
+    assert!(drawn != first);
+    let (_, flags) = card.split_once("--calibration texts.jsonl ").unwrap();
+    let flags: Vec<&str> = flags.lines().next().unwrap().split(' ').collect();
+    assert!(flags.starts_with(&["--samples", "2", "--max-seq-len", "16", "--shuffle", "7"]), "{flags:?}");
+    assert!(quantized("again", &flags).0 == drawn);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -13,9 +13,9 @@ use quaver::eval::{self, Comparison, Metric, Model, Perplexity, Task, TaskReport
 use quaver::samples;
 use serde_json::{Map, Value, json};
 
-use super::Usage;
 use super::flags::ModelFlags;
 use super::table::{Align, Table};
+use super::{Usage, under_way};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -118,8 +118,8 @@ impl TextFlags {
     }
 
     fn windows(&self, model: &Model) -> Result<Vec<Window>> {
-        let samples = samples::read(&self.data, usize::MAX)?;
-        Ok(self.cut()?.of(&samples, &model.encoder)?)
+        let (samples, cut) = (samples::read(&self.data, usize::MAX)?, self.cut()?);
+        Ok(under_way("tokenizing", || cut.of(&samples, &model.encoder))?)
     }
 }
 
@@ -217,14 +217,6 @@ fn comparison_json(base: &Model, quant: &Model, compared: &Comparison, cut: &Win
 
 fn tasks(args: TasksArgs) -> Result<()> {
     let limit = args.limit.map_or(usize::MAX, |n| n as usize);
-    let files: Vec<(Task, Option<Metric>)> = args
-        .files
-        .iter()
-        .map(|text| {
-            let (path, metric) = with_metric(text);
-            Ok((Task::read(path.as_ref(), limit)?, metric))
-        })
-        .collect::<Result<_>>()?;
     let baseline = args
         .baseline
         .as_deref()
@@ -238,13 +230,22 @@ fn tasks(args: TasksArgs) -> Result<()> {
             })
         })
         .transpose()?;
+    let (mut files, mut wanted) = (Vec::new(), Vec::new());
+    for text in &args.files {
+        let (path, metric) = with_metric(text)?;
+        let task = Task::read(path.as_ref(), limit)?;
+        wanted.push(Wanted::of(&task, metric, baseline.as_ref())?);
+        files.push(task);
+    }
     let options = args.model.options(MAX_BATCH);
-    let bar = bar(files.iter().map(|(task, _)| task.len()).sum(), "tasks");
+    let bar = bar(files.iter().map(Task::len).sum(), "tokenizing");
+    let files = eval::tokenize(files, args.model.name(), &options, || bar.inc(1))?;
+    bar.reset();
     let mut rows = Vec::new();
-    for (task, metric) in &files {
+    for (task, Wanted { headline, base }) in files.iter().zip(wanted) {
         bar.set_message(task.name.clone());
         let report = task.run(args.model.name(), &options, || bar.inc(1))?;
-        rows.push(row(report, *metric, baseline.as_ref())?);
+        rows.push(Row { report, headline, base });
     }
     bar.finish_and_clear();
     let model = quaver::files(args.model.name(), args.model.offline)?.name();
@@ -304,22 +305,33 @@ struct Row {
     base: Option<f64>,
 }
 
-fn row(report: TaskReport, wanted: Option<Metric>, baseline: Option<&Value>) -> Result<Row> {
-    let first = [Metric::ExactMatch, Metric::Mc2, Metric::Acc].into_iter().find(|m| report.scores.contains_key(m));
-    let headline = wanted.or(first).expect("every line gives one of these");
-    if !report.scores.contains_key(&headline) {
-        let has: Vec<_> = report.scores.keys().map(|metric| metric.name()).collect();
-        let why = format!("{}: its lines give {}, not {}", report.name, has.join(", "), headline.name());
-        return Err(Usage(why).into());
+/// What a task is judged by.
+struct Wanted {
+    headline: Metric,
+    base: Option<f64>,
+}
+
+impl Wanted {
+    /// The metric that was named, or the first of those that the lines give, and what the baseline has of it.
+    fn of(task: &Task, named: Option<Metric>, baseline: Option<&Value>) -> Result<Self> {
+        let metrics = task.metrics();
+        let first = [Metric::ExactMatch, Metric::Mc2, Metric::Acc].into_iter().find(|m| metrics.contains(m));
+        let headline = named.or(first).expect("every line gives one of these");
+        if !metrics.contains(&headline) {
+            let has: Vec<_> = metrics.iter().map(|metric| metric.name()).collect();
+            let why = format!("{}: its lines give {}, not {}", task.name, has.join(", "), headline.name());
+            return Err(Usage(why).into());
+        }
+        let base = baseline.map(|baseline| {
+            let tasks = baseline["tasks"].as_array();
+            let task_of = tasks.and_then(|tasks| tasks.iter().find(|of| of["task"] == task.name));
+            task_of.and_then(|of| of["scores"][headline.name()]["value"].as_f64()).ok_or_else(|| {
+                let why = format!("has no {} of {}; run the base over the same files", headline.name(), task.name);
+                Error::text("--baseline", why)
+            })
+        });
+        Ok(Wanted { headline, base: base.transpose()? })
     }
-    let base = baseline.map(|baseline| {
-        let task = baseline["tasks"].as_array().and_then(|tasks| tasks.iter().find(|task| task["task"] == report.name));
-        task.and_then(|task| task["scores"][headline.name()]["value"].as_f64()).ok_or_else(|| {
-            let why = format!("has no {} of {}; run the base over the same files", headline.name(), report.name);
-            Error::text("--baseline", why)
-        })
-    });
-    Ok(Row { base: base.transpose()?, report, headline })
 }
 
 impl Row {
@@ -344,11 +356,17 @@ fn recovery(base: f64, quant: f64) -> f64 {
     if base > 0.0 { 100.0 * quant / base } else { 100.0 }
 }
 
-/// A file, and the metric behind a colon.
-fn with_metric(text: &str) -> (&str, Option<Metric>) {
-    let named = |name: &str| Metric::ALL.into_iter().find(|metric| metric.name() == name);
-    match text.rsplit_once(':').map(|(path, name)| (path, named(name))) {
-        Some((path, Some(metric))) => (path, Some(metric)),
-        _ => (text, None),
+/// A file, and the metric behind a colon. A file whose own name has a colon is told by its being there.
+fn with_metric(text: &str) -> Result<(&str, Option<Metric>)> {
+    let Some((path, name)) = text.rsplit_once(':').filter(|_| !Path::new(text).exists()) else {
+        return Ok((text, None));
+    };
+    match Metric::ALL.into_iter().find(|metric| metric.name() == name) {
+        Some(metric) => Ok((path, Some(metric))),
+        None if !Path::new(path).exists() => Ok((text, None)),
+        None => {
+            let names = Metric::ALL.map(Metric::name).join(", ");
+            Err(Usage(format!("{text}: {name} is no metric; the metrics are {names}")).into())
+        }
     }
 }

@@ -22,9 +22,11 @@ mod table;
 use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use indicatif::ProgressBar;
 
 /// For instance `0.1.0 (0123456789ab)`.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("QUAVER_COMMIT"), ")");
@@ -79,6 +81,15 @@ impl fmt::Display for Usage {
 }
 
 impl std::error::Error for Usage {}
+
+/// Does what nobody knows the length of, and shows a person that it is under way.
+fn under_way<T>(what: &'static str, work: impl FnOnce() -> T) -> T {
+    let spinner = ProgressBar::new_spinner().with_message(what);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let done = work();
+    spinner.finish_and_clear();
+    done
+}
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use quaver::core::checkpoint::{Checkpoint, Files};
+use quaver::core::checkpoint::Checkpoint;
 use quaver::core::quantize::{Recipe, Scheme};
 use quaver::quantize::{self, Options, Progress};
-use quaver::samples::{self, Encoder};
+use quaver::samples::{Draw, Encoder};
 
-use super::Usage;
 use super::flags::{DeviceFlags, bytes};
+use super::{Usage, under_way};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -72,9 +72,18 @@ pub fn run(args: Args) -> Result<()> {
         _ => {}
     }
     let source = quaver::files(Some(&args.source), args.offline)?;
-    let (texts, data) = match &args.calibration {
-        Some(path) => (calibration(&args, &source, path)?, path.file_name().unwrap_or_default().to_string_lossy()),
-        None => (Vec::new(), "".into()),
+    let draw = args.calibration.map(|file| Draw {
+        file,
+        most: args.samples as usize,
+        length: args.max_seq_len as usize,
+        seed: args.shuffle,
+    });
+    let texts = match &draw {
+        Some(draw) => {
+            let encoder = Encoder::open(&Checkpoint::open(source.clone())?)?;
+            under_way("tokenizing", || draw.samples(&encoder))?
+        }
+        None => Vec::new(),
     };
     let options = Options {
         device: args.device.spec(),
@@ -85,7 +94,7 @@ pub fn run(args: Args) -> Result<()> {
     let style = |template| ProgressStyle::with_template(template).expect("the template is sound");
     let bar = ProgressBar::new(texts.len() as u64);
     bar.set_style(style("calibrating {wide_bar} {pos}/{len} samples, {eta} left"));
-    let made = quantize::write(&source, &args.folder, &options, &texts, &data, |progress| match progress {
+    let made = quantize::write(&source, &args.folder, &options, &texts, draw.as_ref(), |progress| match progress {
         Progress::Sample(_) => bar.inc(1),
         Progress::Total(bytes) => {
             bar.reset();
@@ -96,12 +105,4 @@ pub fn run(args: Args) -> Result<()> {
     });
     bar.finish_and_clear();
     Ok(made?)
-}
-
-/// The samples of a file, as token ids.
-fn calibration(args: &Args, source: &Files, path: &std::path::Path) -> Result<Vec<Vec<u32>>> {
-    let encoder = Encoder::open(&Checkpoint::open(source.clone())?)?;
-    let (most, length) = (args.samples as usize, args.max_seq_len as usize);
-    let texts = samples::read(path, if args.shuffle.is_some() { usize::MAX } else { most })?;
-    Ok(samples::cut(&texts, &encoder, most, length, args.shuffle)?)
 }

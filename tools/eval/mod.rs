@@ -2,6 +2,7 @@
 //! (`quaver_core::evaluate`); here are the texts, the tasks, and the journal that a long run goes on from.
 
 mod journal;
+mod task_lines;
 mod tasks;
 
 use std::fs::{self, File};
@@ -18,7 +19,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use self::journal::Journal;
-pub use self::tasks::{Metric, Score, Task, TaskReport};
+pub use self::tasks::{Metric, Score, Task, TaskReport, TokenizedTask, tokenize};
 use crate::llm::LlmOptions;
 use crate::samples::{Encoder, Sample, split_bos};
 

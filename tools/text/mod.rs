@@ -27,6 +27,7 @@ mod answer_text;
 mod chat_template;
 mod detokenizer;
 mod messages;
+mod pieces;
 mod reading;
 mod stop_strings;
 mod tojson;

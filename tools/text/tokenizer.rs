@@ -16,8 +16,12 @@ use tokenizers::models::bpe::BPE;
 use super::chat_template::{ChatTemplate, RenderOptions};
 use super::detokenizer::{Decoding, Detokenizer};
 use super::one_line;
+use super::pieces::{can_be_cut, pieces};
 
 const FILE: &str = "tokenizer.json";
+
+/// Bytes of a text that are encoded at once.
+const PIECE: usize = 1 << 20;
 
 /// The vocabulary of a model and the rules of its use. A clone is cheap and shares them.
 #[derive(Clone)]
@@ -29,6 +33,7 @@ struct Shared {
     tokenizer: tokenizers::Tokenizer,
     decoding: Decoding,
     vocab_size: usize,
+    can_be_cut: bool,
     /// See [`Tokenizer::longest_token`].
     longest: OnceLock<usize>,
 }
@@ -83,11 +88,21 @@ impl Tokenizer {
     /// The ids of `text`. Special tokens written out in the text are recognised. `add_special` adds what the file's
     /// post-processor adds: for Llama one `<|begin_of_text|>` in front.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.shared.tokenizer.encode_fast(text, add_special);
-        let encoding = encoding.map_err(|e| {
-            Error::text("prompt", format!("cannot be tokenized ({}); shorten or change the text", one_line(e)))
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        self.encode_pieces(text, add_special, PIECE)
+    }
+
+    /// The same; `least` are the bytes of a piece.
+    fn encode_pieces(&self, text: &str, add_special: bool, least: usize) -> Result<Vec<u32>> {
+        let mut ids = Vec::new();
+        let least = if self.shared.can_be_cut { least } else { text.len() };
+        for (i, piece) in pieces(text, least).enumerate() {
+            let encoding = self.shared.tokenizer.encode_fast(piece, add_special && i == 0);
+            let encoding = encoding.map_err(|e| {
+                Error::text("prompt", format!("cannot be tokenized ({}); shorten or change the text", one_line(e)))
+            })?;
+            ids.extend_from_slice(encoding.get_ids());
+        }
+        Ok(ids)
     }
 
     /// The ids of a conversation: [`ChatTemplate::render`], then [`encode`](Self::encode) without special tokens,
@@ -167,6 +182,8 @@ fn build(tokenizer_json: &[u8]) -> Result<Tokenizer> {
     }
     let decoding = Decoding::from_json(&outline.decoder)?;
     let model: BPE = part("model", serde_json::from_str(outline.model.get()))?;
+    let (ids, tokens): (Vec<u32>, Vec<AddedToken>) = outline.added_tokens.into_iter().map(|a| (a.id, a.token)).unzip();
+    let can_be_cut = can_be_cut(&outline.normalizer, &outline.pre_tokenizer, &outline.post_processor, &tokens);
 
     let mut tokenizer = tokenizers::Tokenizer::new(model);
     let normalizer: Option<tokenizers::NormalizerWrapper> =
@@ -181,7 +198,6 @@ fn build(tokenizer_json: &[u8]) -> Result<Tokenizer> {
     let decoder: Option<tokenizers::DecoderWrapper> = part("decoder", serde_json::from_value(outline.decoder))?;
     tokenizer.with_decoder(decoder);
 
-    let (ids, tokens): (Vec<u32>, Vec<AddedToken>) = outline.added_tokens.into_iter().map(|a| (a.id, a.token)).unzip();
     part("added_tokens", tokenizer.add_tokens(tokens.clone()).map(|_| ()))?;
     for (id, token) in ids.into_iter().zip(tokens) {
         let content = token.content;
@@ -197,7 +213,7 @@ fn build(tokenizer_json: &[u8]) -> Result<Tokenizer> {
         }
     }
     let vocab_size = tokenizer.get_vocab_size(true);
-    Ok(Tokenizer { shared: Arc::new(Shared { tokenizer, decoding, vocab_size, longest: OnceLock::new() }) })
+    Ok(Tokenizer { shared: Arc::new(Shared { tokenizer, decoding, vocab_size, can_be_cut, longest: OnceLock::new() }) })
 }
 
 fn part<T, E: std::fmt::Display>(name: &str, result: std::result::Result<T, E>) -> Result<T> {
@@ -241,6 +257,77 @@ mod tests {
         assert_eq!(tokenizer.longest_token(), "<s>".len());
         assert_eq!((tokenizer.is_special(3), tokenizer.is_special(2), tokenizer.is_special(999)), (true, false, false));
         assert_eq!(format!("{tokenizer:?}"), "Tokenizer { vocab_size: 4, .. }");
+    }
+
+    #[test]
+    fn a_text_has_the_tokens_of_its_pieces() {
+        let tokenizer = Tokenizer::from_json(include_bytes!("../demo/tokenizer.json")).unwrap();
+        assert!(tokenizer.shared.can_be_cut);
+        // Words, marks and spaces of all kinds side by side, special tokens among them.
+        let parts = [
+            "\n",
+            "\n",
+            "\r\n",
+            " ",
+            "  ",
+            "\t",
+            "\u{a0}",
+            "\u{2028}",
+            "The",
+            "don't",
+            "Ärger",
+            "7",
+            "1234",
+            "!",
+            "?\n",
+            "...",
+            "\"",
+            "'s",
+            "<|eot_id|>",
+            "<|begin_of_text|>",
+            "\u{1f600}",
+            "\u{301}",
+        ];
+        let mut state = 1u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            parts[(state >> 16) as usize % parts.len()]
+        };
+        let mut cuts = 0;
+        for _ in 0..200 {
+            let text: String = (0..200).map(|_| next()).collect();
+            cuts += pieces(&text, 1).count() - 1;
+            for add_special in [true, false] {
+                let whole = tokenizer.encode_pieces(&text, add_special, text.len()).unwrap();
+                assert_eq!(tokenizer.encode_pieces(&text, add_special, 1).unwrap(), whole, "{text:?}");
+            }
+        }
+        assert!(cuts > 200, "{cuts}");
+    }
+
+    #[test]
+    fn a_text_is_cut_only_where_nothing_reaches_across() {
+        let file: Value = serde_json::from_slice(include_bytes!("../demo/tokenizer.json")).unwrap();
+        let can_be_cut = |change: &dyn Fn(&mut Value)| {
+            let mut file = file.clone();
+            change(&mut file);
+            Tokenizer::from_json(file.to_string().as_bytes()).unwrap().shared.can_be_cut
+        };
+        assert!(can_be_cut(&|_| ()));
+        let changes: [&dyn Fn(&mut Value); 6] = [
+            &|file| file["normalizer"] = json!({"type": "NFC"}),
+            &|file| file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+\w+".into(),
+            &|file| file["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = true.into(),
+            &|file| file["added_tokens"][0]["lstrip"] = true.into(),
+            &|file| file["added_tokens"][0]["single_word"] = true.into(),
+            &|file| {
+                let single = file["post_processor"]["processors"][1]["single"].as_array_mut().unwrap();
+                single.reverse();
+            },
+        ];
+        for (i, change) in changes.into_iter().enumerate() {
+            assert!(!can_be_cut(change), "change {i}");
+        }
     }
 
     #[test]
