@@ -126,3 +126,67 @@ fn a_run_that_is_killed_leaves_nothing_that_the_next_one_does_not_remove() {
     assert_eq!(quaver(["quantize", &source, &to]).succeeds(), "");
     assert!(out.join("config.json").exists() && !part.exists());
 }
+
+/// A model of 16 layers whose weights, all zeros, take no place on the disk; the bytes of its file.
+#[cfg(target_os = "linux")]
+fn large_source(folder: &std::path::Path) -> u64 {
+    let text = fs::read_to_string(checkpoints::folder("tiny-llama").join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (key, value) in [
+        ("hidden_size", 1024),
+        ("intermediate_size", 4096),
+        ("num_hidden_layers", 16),
+        ("num_attention_heads", 16),
+        ("num_key_value_heads", 4),
+    ] {
+        config[key] = value.into();
+    }
+    let (mut header, mut end) = (serde_json::Map::new(), 0u64);
+    let mut add = |name: String, shape: &[u64]| {
+        let start = end;
+        end += shape.iter().product::<u64>() * 2;
+        header.insert(name, serde_json::json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
+    };
+    add("model.embed_tokens.weight".into(), &[4096, 1024]);
+    add("model.norm.weight".into(), &[1024]);
+    for layer in 0..16 {
+        let mut add = |part: &str, shape: &[u64]| add(format!("model.layers.{layer}.{part}.weight"), shape);
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            add(norm, &[1024]);
+        }
+        for (part, n, k) in [("q", 1024, 1024), ("k", 256, 1024), ("v", 256, 1024), ("o", 1024, 1024)] {
+            add(&format!("self_attn.{part}_proj"), &[n, k]);
+        }
+        for (part, n, k) in [("gate", 4096, 1024), ("up", 4096, 1024), ("down", 1024, 4096)] {
+            add(&format!("mlp.{part}_proj"), &[n, k]);
+        }
+    }
+    fs::create_dir(folder).unwrap();
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let header = serde_json::to_vec(&header).unwrap();
+    let path = folder.join("model.safetensors");
+    fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], &header].concat()).unwrap();
+    let length = 8 + header.len() as u64 + end;
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(length).unwrap();
+    length
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_holds_a_few_tensors_whatever_the_models_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("source"), folder.path().join("out"));
+    let source_mib = large_source(&from) >> 20;
+    let mut run = quaver(["quantize".as_ref(), from.as_os_str(), to.as_os_str()]).command.spawn().unwrap();
+    let mut peak_mib = 0;
+    while run.try_wait().unwrap().is_none() {
+        // The mark only rises, so that the last look counts; a process that has ended has none.
+        let status = fs::read_to_string(format!("/proc/{}/status", run.id())).unwrap_or_default();
+        let mark = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        peak_mib = mark.map_or(peak_mib, |kib| kib.parse::<u64>().unwrap() >> 10);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    assert!(run.wait().unwrap().success());
+    eprintln!("{peak_mib} MiB in memory at most, for a source of {source_mib}");
+    assert!(source_mib > 450 && (1..100).contains(&peak_mib), "{peak_mib} MiB of {source_mib}");
+}
