@@ -8,9 +8,11 @@ use std::arch::x86_64::*;
 
 use bytemuck::{cast, pod_read_unaligned};
 use half::bf16;
+use quaver_core::e4m3;
 use quaver_core::host::slices::Slice;
 
 use super::linear::{CHANNELS, CacheLine, Path};
+use super::portable::Portable;
 use super::simd;
 
 /// It keeps the error of a long sum small.
@@ -40,7 +42,11 @@ impl Path for Avx2 {
     }
 
     fn decode_x(self, x: Slice, _: Slice, into: &mut [CacheLine], stride: usize) {
-        simd::decode_f32(self, x, into, stride);
+        match x {
+            // As f16 they are numbers.
+            Slice::E4m3(codes) if codes.iter().any(|&code| e4m3::is_nan(code)) => Portable.decode_w(x, into, stride),
+            x => simd::decode_f32(self, x, into, stride),
+        }
     }
 
     fn decode_w(self, w: Slice, into: &mut [CacheLine], stride: usize) {

@@ -115,7 +115,7 @@ fn interleaved(row: &[bf16]) -> Vec<bf16> {
 static BYTES: [[u8; 128]; 2] = {
     let mut bytes = [[0; 128]; 2];
     let mut code = 0;
-    while code < 127 {
+    while code < 128 {
         let bits = e4m3::VALUES[code].to_bits() >> 16;
         bytes[0][code] = bits as u8;
         bytes[1][code] = (bits >> 8) as u8;
