@@ -546,7 +546,11 @@ impl Engine {
                     What::ChooseOnHost(mask) => {
                         let mut row = vec![0f32; self.llama.config.vocab];
                         self.backend.take(logits.next().expect("a copy for each"), cast_slice_mut(&mut row))?;
-                        self.choose(want, mask.as_ref(), &row)
+                        // A request that failed in the step before has nothing to choose.
+                        match self.requests.contains_key(&want.id) {
+                            true => self.choose(want, mask.as_ref(), &row),
+                            false => sampled,
+                        }
                     }
                     _ => sampled,
                 });

@@ -75,7 +75,7 @@ fn logit_word(id: u32) -> u32 {
 // The word of a logit after mask and penalties.
 fn changed_word(id: u32) -> u32 {
   let word = logit_word(id);
-  if (word == NO_WORD || (is_masked && (mask[row * MASK + id / 32u] >> (id % 32u) & 1u) == 0u)) {
+  if (word == NO_WORD || (is_masked && ((mask[row * MASK + id / 32u] >> (id % 32u)) & 1u) == 0u)) {
     return NO_WORD;
   }
   if (!penalizes) {

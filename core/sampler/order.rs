@@ -55,8 +55,8 @@ pub(super) fn keep_top_k(keys: &mut Vec<Key>, k: usize) {
 /// Buckets that the order is cut into by [`keep_top_p`]: 32 an octave of values.
 const BUCKETS: usize = 1 << 14;
 
-/// Keeps, in any order, the shortest prefix of the ordered keys whose weights reach `top_p` of the weights of all, at least one key.
-/// Sums buckets of neighbours first, and sorts only the one that the prefix ends in.
+/// Keeps, in any order, the shortest prefix of the ordered keys whose weights reach `top_p` of the weights of all, at
+/// least one key. Sums buckets of neighbours first, and sorts only the one that the prefix ends in.
 pub(super) fn keep_top_p(keys: &mut Vec<Key>, top_p: f32, weight: impl Fn(f32) -> f32) {
     let bucket = |key: Key| (key >> 32) as usize / ((1 << 32) / BUCKETS);
     let weight = |key: Key| f64::from(weight(value(key)));

@@ -119,6 +119,9 @@ fn an_answer_ends_where_the_request_says() {
     assert_eq!((&on["choices"][0]["finish_reason"], &on["usage"]["completion_tokens"]), (&json!("length"), &json!(60)));
     let later = choice(json!({"stop": [" is", " the"], "min_tokens": 5}));
     assert_eq!(later["message"]["content"], "Captain Hook is a pirate, and");
+    // One that begins before, and ends behind.
+    let across = choice(json!({"stop": "Captain Hook is a pirate, and", "min_tokens": 5}));
+    assert_eq!((&across["message"]["content"], &across["finish_reason"]), (&json!(""), &json!("stop")));
     let on = server.post(CHAT, &chat(HOOK.0, json!({"min_tokens": 40, "max_tokens": 60}))).json();
     assert!(on["usage"]["completion_tokens"].as_u64().unwrap() > 40);
     // Seeds give the same again, and different ones to each of n.

@@ -110,7 +110,7 @@ fn a_request_that_takes_too_long_ends_in_an_error_also_within_a_stream() {
     assert_eq!(last["error"]["code"], "timeout");
     // A response's error is an event of its own kind; this one waits behind another.
     let before = server.stream(CHAT, &endless());
-    let behind = server.stream("/v1/responses", &json!({"input": "Who is Captain Hook?"}));
+    let behind = server.stream("/v1/responses", &json!({"input": "Tell me a story.", "ignore_eos": true}));
     let lines: Vec<String> = behind.lines().map(Result::unwrap).filter(|line| !line.is_empty()).collect();
     let [.., name, data] = &lines[..] else { panic!("no event in {lines:?}") };
     let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();

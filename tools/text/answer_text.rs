@@ -23,7 +23,7 @@ impl AnswerText {
         let text = self.detokenizer.push(id)?;
         if self.unstopped > 0 {
             self.unstopped -= 1;
-            return Ok(Piece { text, stopped: None });
+            return Ok(self.stops.pass(&text));
         }
         Ok(self.stops.push(&text))
     }

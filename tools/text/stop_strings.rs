@@ -57,6 +57,15 @@ impl StopStrings {
 
     /// Takes the next text and returns what no stop string can claim any more. After a stop, all text is dropped.
     pub fn push(&mut self, text: &str) -> Piece {
+        self.take(text, true)
+    }
+
+    /// The same for text in which no stop string ends; one that begins there may end behind it.
+    pub fn pass(&mut self, text: &str) -> Piece {
+        self.take(text, false)
+    }
+
+    fn take(&mut self, text: &str, may_stop: bool) -> Piece {
         if self.stopped.is_some() {
             return Piece { text: String::new(), stopped: self.stopped };
         }
@@ -70,7 +79,7 @@ impl StopStrings {
                     found = Some((stop.text.len(), index));
                 }
             }
-            if let Some((length, index)) = found {
+            if let Some((length, index)) = found.filter(|_| may_stop) {
                 let mut text = std::mem::take(&mut self.held);
                 text.truncate(at + 1 - length);
                 self.stopped = Some(index);
