@@ -52,19 +52,24 @@ pub(super) fn keep_top_k(keys: &mut Vec<Key>, k: usize) {
     }
 }
 
-/// Buckets that the order is cut into by [`keep_top_p`]: 32 an octave of values.
+/// Buckets that [`keep_top_p`] cuts the order into, where there are more than [`FEW`] keys: 32 an octave of values.
 const BUCKETS: usize = 1 << 14;
 
+/// Keys that are sorted in less time than buckets take.
+const FEW: usize = 256;
+
 /// Keeps, in any order, the shortest prefix of the ordered keys whose weights reach `top_p` of the weights of all, at
-/// least one key. Sums buckets of neighbours first, and sorts only the one that the prefix ends in.
+/// least one key. Sums buckets of neighbours first, and sorts only the one that the prefix ends in; of few keys all are in
+/// one bucket.
 pub(super) fn keep_top_p(keys: &mut Vec<Key>, top_p: f32, weight: impl Fn(f32) -> f32) {
-    let bucket = |key: Key| (key >> 32) as usize / ((1 << 32) / BUCKETS);
+    let buckets = if keys.len() > FEW { BUCKETS } else { 1 };
+    let bucket = |key: Key| (((key >> 32) * buckets as u64) >> 32) as usize;
     let weight = |key: Key| f64::from(weight(value(key)));
-    let mut masses = vec![0.0; BUCKETS];
+    let mut masses = vec![0.0; buckets];
     keys.iter().for_each(|&key| masses[bucket(key)] += weight(key));
     let wanted = f64::from(top_p) * masses.iter().sum::<f64>();
     let (mut end, mut before) = (0, 0.0);
-    while end + 1 < BUCKETS && before + masses[end] < wanted {
+    while end + 1 < buckets && before + masses[end] < wanted {
         before += masses[end];
         end += 1;
     }
@@ -116,5 +121,9 @@ mod tests {
         assert_eq!(kept(&weights, 0.875f32.next_up()), [0, 1, 2, 3]);
         assert_eq!(kept(&[1.0; 1024], 0.5), (0..512).collect::<Vec<_>>(), "all of them in one bucket");
         assert_eq!(kept(&[1.0; 1024], 0.5f32.next_up()).len(), 513);
+        // Over many buckets: one key an octave, half of them above 1.
+        let octaves: Vec<f32> = (0..1024).map(|i| 2f32.powi(i % 64 - 32)).collect();
+        let largest = |i: &u32| i % 64 == 63;
+        assert_eq!(kept(&octaves, 0.5), (0..1024).filter(largest).collect::<Vec<_>>());
     }
 }
