@@ -108,14 +108,10 @@ impl Line {
 impl Sample {
     /// Its tokens: of a text with the begin-of-text token in front, of a conversation as the template renders it.
     pub fn encode(&self, encoder: &Encoder) -> Result<Vec<u32>> {
-        let ids = match self {
-            Sample::Ids(ids) => ids.clone(),
-            Sample::Text(text) | Sample::Book(text) => encoder.text(text)?,
-            Sample::Messages(messages) => encoder.chat(messages, &RenderOptions::default())?,
-        };
-        match ids.iter().find(|&&id| id as usize >= encoder.vocab) {
-            Some(&id) => Err(Error::TokenOutOfRange { id, vocab: encoder.vocab }),
-            None => Ok(ids),
+        match self {
+            Sample::Ids(ids) => encoder.known(ids.clone()),
+            Sample::Text(text) | Sample::Book(text) => encoder.text(text),
+            Sample::Messages(messages) => encoder.chat(messages, &RenderOptions::default()),
         }
     }
 }
@@ -147,7 +143,7 @@ impl Encoder {
     pub fn text(&self, text: &str) -> Result<Vec<u32>> {
         let tokenizer = self.tokenizer()?;
         let bos = self.bos.and_then(|id| tokenizer.id_to_token(id));
-        tokenizer.encode(text, !bos.is_some_and(|bos| text.starts_with(&bos)))
+        self.known(tokenizer.encode(text, !bos.is_some_and(|bos| text.starts_with(&bos)))?)
     }
 
     /// The tokens of what is to be answered. Of a conversation that ends with the assistant, the answer goes on with
@@ -155,7 +151,7 @@ impl Encoder {
     pub fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         match prompt {
             Prompt::Text(text) => self.text(text),
-            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Ids(ids) => self.known(ids.clone()),
             Prompt::Messages(messages) => {
                 let last = messages.as_array().and_then(|messages| messages.last());
                 let begun = last.is_some_and(|last| last["role"] == "assistant");
@@ -172,7 +168,15 @@ impl Encoder {
     fn chat(&self, messages: &Value, options: &RenderOptions) -> Result<Vec<u32>> {
         let why = "this model brings none; give texts instead of messages";
         let template = self.template.as_ref().ok_or_else(|| Error::text("chat template", why))?;
-        self.tokenizer()?.encode_chat(template, messages, options)
+        self.known(self.tokenizer()?.encode_chat(template, messages, options)?)
+    }
+
+    /// Token ids that the model has.
+    fn known(&self, ids: Vec<u32>) -> Result<Vec<u32>> {
+        match ids.iter().find(|&&id| id as usize >= self.vocab) {
+            Some(&id) => Err(Error::TokenOutOfRange { id, vocab: self.vocab }),
+            None => Ok(ids),
+        }
     }
 
     fn tokenizer(&self) -> Result<&Tokenizer> {

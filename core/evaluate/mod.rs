@@ -140,26 +140,15 @@ fn pair(base: &[f32], quant: &[f32], target: u32) -> Pair {
     }
 }
 
-/// How likely a continuation is, as lm-evaluation-harness asks for it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Likelihood {
-    /// The sum of the log-probabilities of its tokens.
-    pub log_likelihood: f64,
-}
-
-/// The likelihoods of what each window scores.
-pub fn likelihoods(
-    scorer: &mut Scorer,
-    windows: &[Window],
-    mut on_token: impl FnMut(usize),
-) -> Result<Vec<Likelihood>> {
-    let mut likelihoods = vec![Likelihood::default(); windows.len()];
+/// The log-likelihoods of what each window scores: sums of the log-probabilities of its tokens.
+pub fn log_likelihoods(scorer: &mut Scorer, windows: &[Window], mut on_token: impl FnMut(usize)) -> Result<Vec<f64>> {
+    let mut sums = vec![0.0; windows.len()];
     scorer.score(windows, |Scored { window, target, logits, .. }| {
-        likelihoods[window].log_likelihood += log_softmax(logits, target);
+        sums[window] += log_softmax(logits, target);
         on_token(window);
         Ok(())
     })?;
-    Ok(likelihoods)
+    Ok(sums)
 }
 
 /// The log-probability of one entry, in nats.

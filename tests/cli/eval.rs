@@ -145,6 +145,10 @@ fn mistakes_are_told_in_one_line() {
     let path = task.display().to_string();
     for (line, why) in [
         (r#"{"prompt": "a"}"#, "line 1: `answer` must be the text of the right answer"),
+        (
+            r#"{"prompt": "a", "answer": "b", "until": ["x", ""]}"#,
+            "line 1: `until`: stop string 1: is empty; give at least one character",
+        ),
         (r#"{"prompt": "a", "choices": ["b"], "answer": 0}"#, "line 1: has fewer than two choices"),
         (
             r#"{"prompt": "a", "choices": ["b", "c"], "answer": 2}"#,

@@ -14,6 +14,7 @@ use regex::Regex;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::text::StopStrings;
 use crate::text_model::Prompt;
 
 /// A line as it is written.
@@ -107,6 +108,7 @@ impl Line {
                 let Some(answer) = self.answer.as_ref().and_then(Value::as_str) else {
                     return Err("`answer` must be the text of the right answer".into());
                 };
+                StopStrings::new(&self.until).map_err(|e| format!("`until`: {e}"))?;
                 let compile = |pattern: &String| Regex::new(pattern).map_err(|e| format!("pattern {pattern}: {e}"));
                 Ok(Item::Generate(Generate {
                     prompt: messages

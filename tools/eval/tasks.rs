@@ -8,7 +8,7 @@ use std::path::Path;
 
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::engine;
-use quaver_core::evaluate::{Likelihood, Window, likelihoods};
+use quaver_core::evaluate::{Window, log_likelihoods};
 use quaver_core::sampler::SamplingParams;
 use quaver_core::{Error, Result};
 
@@ -166,6 +166,9 @@ impl Task {
                 }
                 Item::Generate(generate) => {
                     let ids = encoder.prompt(&generate.prompt).map_err(|e| self.refused(number, &e.to_string()))?;
+                    if ids.is_empty() {
+                        return Err(self.refused(number, &Error::PromptEmpty.to_string()));
+                    }
                     if ids.len().saturating_add(generate.max_tokens) > context {
                         let why = format!(
                             "has {} tokens and wants {} more, the context holds {context}; shorten it, lower its \
@@ -223,7 +226,7 @@ impl TokenizedTask {
         let Some(longest) = self.windows.iter().map(|window| window.ids.len()).max() else { return Ok(()) };
         let mut model = Model::open(crate::files(model, options.offline)?, options, longest)?;
         let mut done = 0;
-        let scored = likelihoods(&mut model.scorer, &self.windows, |window| {
+        let scored = log_likelihoods(&mut model.scorer, &self.windows, |window| {
             while done < self.questions.len() && window >= self.questions[done].windows.end {
                 done += 1;
                 on_line();
@@ -281,25 +284,25 @@ fn window(encoder: &Encoder, context: &str, continuation: &str) -> Result<Window
     Ok(Window { ids, from })
 }
 
-/// The measures of one line.
-fn judge(scored: &[Likelihood], question: &Question, add: &mut impl FnMut(Metric, f64)) {
+/// The measures of one line, by its log-likelihoods.
+fn judge(scored: &[f64], question: &Question, add: &mut impl FnMut(Metric, f64)) {
     match &question.truth {
         Truth::Answer(answer) => {
             let right = |value: &dyn Fn(usize) -> f64| {
                 let better = |best: usize, i: usize| if value(i) > value(best) { i } else { best };
                 f64::from(u8::from((0..scored.len()).fold(0, better) == *answer))
             };
-            add(Metric::Acc, right(&|i| scored[i].log_likelihood));
+            add(Metric::Acc, right(&|i| scored[i]));
             if !question.lengths.is_empty() {
-                add(Metric::AccNorm, right(&|i| scored[i].log_likelihood / question.lengths[i] as f64));
+                add(Metric::AccNorm, right(&|i| scored[i] / question.lengths[i] as f64));
             }
         }
         Truth::Labels(labels) => {
             // Relative to the likeliest, so that long answers, of next to no probability each, do not all become 0.
-            let most = scored.iter().map(|scored| scored.log_likelihood).fold(f64::NEG_INFINITY, f64::max);
+            let most = scored.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum = |right: bool| -> f64 {
                 let of = scored.iter().zip(labels).filter(|(_, label)| **label == right);
-                of.map(|(scored, _)| (scored.log_likelihood - most).exp()).sum()
+                of.map(|(scored, _)| (scored - most).exp()).sum()
             };
             add(Metric::Mc2, sum(true) / (sum(true) + sum(false)));
         }
@@ -322,10 +325,9 @@ mod tests {
 
     #[test]
     fn answers_of_next_to_no_probability_have_their_share_of_it() {
-        let scored = [-2000.0, -2001.0].map(|log_likelihood| Likelihood { log_likelihood });
         let question = Question { windows: 0..2, lengths: Vec::new(), truth: Truth::Labels(vec![true, false]) };
         let mut seen = Vec::new();
-        judge(&scored, &question, &mut |_, value| seen.push(value));
+        judge(&[-2000.0, -2001.0], &question, &mut |_, value| seen.push(value));
         assert!((seen[0] - 1.0 / (1.0 + (-1f64).exp())).abs() < 1e-12, "{seen:?}");
     }
 }
