@@ -195,7 +195,7 @@ impl Request {
             }
             Ok(Some(mask)) => {
                 batch.want_masked(row, params, mask);
-                What::ChooseMasked
+                What::ChooseMasked { is_guided: self.guide.is_some() }
             }
             Ok(None) => {
                 batch.want(row, params);
@@ -261,8 +261,10 @@ struct Want {
 enum What {
     Score,
     Choose,
-    /// Among the tokens that a mask allows: the next mask is known when this token is.
-    ChooseMasked,
+    /// Among the tokens that a mask allows. That of a guide is known only when the token before is.
+    ChooseMasked {
+        is_guided: bool,
+    },
     /// The device knows no biases. Where there is a mask, among the tokens that it allows.
     ChooseOnHost(Option<Mask>),
     /// Nothing: the request's guide fails.
@@ -290,7 +292,9 @@ struct Head {
 impl UnderWay {
     /// True where the next step can be queued before this one is done: it finds what was chosen on the device.
     fn can_be_followed(&self) -> bool {
-        self.heads.len() == 1 && self.wants.iter().all(|want| matches!(want.what, What::Score | What::Choose))
+        let is_ready =
+            |want: &Want| matches!(want.what, What::Score | What::Choose | What::ChooseMasked { is_guided: false });
+        self.heads.len() == 1 && self.wants.iter().all(is_ready)
     }
 }
 
@@ -559,8 +563,8 @@ impl Engine {
         Ok(results)
     }
 
-    /// Chooses a request's next token from its logits, `[vocab]`, with its biases. Log-probabilities are those of the logits
-    /// as they are, here as on a device.
+    /// Chooses a request's next token from its logits, `[vocab]`, with its biases. Log-probabilities are those of the
+    /// logits as they are, here as on a device.
     fn choose(&mut self, want: &Want, mask: Option<&Mask>, logits: &[f32]) -> Sampled {
         let (sequence, request) = known(&mut self.scheduler, &mut self.requests, want.id);
         let (slot, params) = (sequence.slot(), &request.params);
@@ -641,7 +645,7 @@ impl Engine {
         for (want, sampled) in results {
             match want.what {
                 What::Refuse(error) => return Ok(Some(Output::Failed(error))),
-                What::ChooseMasked | What::ChooseOnHost(Some(_))
+                What::ChooseMasked { .. } | What::ChooseOnHost(Some(_))
                     if sampled.token == NO_TOKEN && sampled.bad_logits == 0 =>
                 {
                     let why = "no token may come next; change the grammar or min_tokens";
