@@ -267,14 +267,14 @@ impl Lower<'_> {
         let is_bf16 = self.layouts.desc(q).dtype == DType::Bf16 && cache != DType::F32;
         let is_tiled = is_bf16 && matches!(dim, 64 | 128) && MMA_QUERIES.is_multiple_of(group);
         let queries = |m: u32| if is_tiled && m > GEMV_ROWS { MMA_QUERIES } else { QUERIES };
-        if dim > MOST_DIM || group > queries(m) {
+        if dim > MOST_DIM || group > QUERIES {
             return Err(format!(
                 "heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {QUERIES} are supported"
             ));
         }
         let context = self.cols(rows.page_table) * kv.page_tokens as u32;
         let cut = |m: u32| {
-            let tile = (queries(m) / group).max(1);
+            let tile = queries(m) / group;
             let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
             let tiles = (m + spans * (tile - 1)) / tile;
             (tiles, self.tuning.splits(tiles * kv_heads as u32, context))
