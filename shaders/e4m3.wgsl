@@ -6,7 +6,7 @@ override FAST_E4M3: bool;
 // The values of four codes, all 256 exact.
 fn e4m3x4(w: u32) -> vec4<f32> {
   if (FAST_E4M3) {
-    let v = e4m3x4_fast(w);
+    let v = e4m3x4_finite(w);
     let nan = bitcast<vec4<f32>>(bitcast<vec4<u32>>(v) | vec4<u32>(0x7fc00000u));
     return select(v, nan, abs(v) == vec4<f32>(480.0));
   }
@@ -28,10 +28,6 @@ fn e4m3x4_small(w: u32) -> vec4<f32> {
 
 fn e4m3_unit() -> f32 {
   return select(1.0, 256.0, FAST_E4M3);
-}
-
-fn e4m3x4_fast(w: u32) -> vec4<f32> {
-  return e4m3x4_f16(w) * 256.0;
 }
 
 // A code is the upper byte of an f16, one exponent bit shorter and 2^8 too small; NaN becomes 480 / 2^8.

@@ -361,13 +361,17 @@ fn control_bf16_checkpoint_fails(spec: &Spec, model: &str) -> Result<(), Failed>
     control_fails(spec, model, &checkpoints::open("tiny-llama"))
 }
 
-/// Every linear and every layer is far outside the bound, ties settled or not.
+/// Every linear is far outside its bound, and every layer where FP8 tensor cores do not sum: there layers tell nothing
+/// ([`LAYER_NATIVE`]).
 fn control_fails(spec: &Spec, model: &str, checkpoint: &Checkpoint) -> Result<(), Failed> {
     for Judged { name, error, bound } in linear_errors(spec, model, checkpoint) {
         ensure(error > 100.0 * LAYER && error > 2.0 * bound, format!("{name} passes the control: {error:.1e}"))?;
     }
     let hidden = Tensors::open("hidden.safetensors");
     let mut runner = Runner::new(checkpoint, spec, Profile::Exact, 128);
+    if layer_bound(&runner.backend.describe(), model) != LAYER {
+        return Ok(());
+    }
     for (prompt, ids) in hidden_prompts() {
         for layer in 0..runner.llama.config.layers {
             let input = match layer {
