@@ -2,12 +2,13 @@
 //! score stands in it that was not measured.
 
 use std::borrow::Cow;
+use std::fmt::Display;
 
-use quaver_core::Result;
 use quaver_core::checkpoint::Files;
 use quaver_core::checkpoint::write::MAX_SHARD_BYTES;
 use quaver_core::op::DeviceInfo;
 use quaver_core::quantize::{Quantizer, Scheme};
+use quaver_core::{Error, Result};
 
 use crate::quantize::Options;
 use crate::samples::Draw;
@@ -67,8 +68,8 @@ pub fn text(
         The licence of the original holds for this model.\n",
         front = front_matter(source)?,
         original = id.as_ref().map_or(base.clone(), |id| format!("[{base}](https://huggingface.co/{id})")),
-        command = id.as_ref().map_or(base.clone(), |id| format!("{id}@{}", snapshot(source))),
-        flags = flags(options, calibrated),
+        command = shell([&*id.as_ref().map_or(base.clone(), |id| format!("{id}@{}", snapshot(source)))])?,
+        flags = shell(flags(options, calibrated).iter().map(String::as_str))?,
         version = env!("CARGO_PKG_VERSION"),
         count = quantizer.quantized().len(),
     ))
@@ -88,35 +89,42 @@ fn file_name(draw: &Draw) -> Cow<'_, str> {
     draw.file.file_name().unwrap_or_default().to_string_lossy()
 }
 
-/// The flags of `quaver quantize` that make this model again.
-fn flags(options: &Options, calibrated: Option<&Calibrated>) -> String {
+/// The flags of `quaver quantize` that make this model again, on the same device.
+fn flags(options: &Options, calibrated: Option<&Calibrated>) -> Vec<String> {
     let Options { recipe, device, batch, max_shard_bytes } = options;
-    let mut flags = format!("--scheme {}", recipe.scheme.name());
+    let mut flags = vec!["--scheme".to_owned(), recipe.scheme.name().to_owned()];
     if recipe.kv_cache {
-        flags += " --kv-cache";
+        flags.push("--kv-cache".into());
     }
-    for name in &recipe.ignore {
-        flags += &format!(" --ignore '{name}'");
-    }
+    let mut flag = |name: &str, value: &dyn Display| flags.extend([name.to_owned(), value.to_string()]);
+    recipe.ignore.iter().for_each(|name| flag("--ignore", name));
     if recipe.ignore.is_empty() {
-        flags += " --ignore none";
+        flag("--ignore", &"none");
     }
-    if let Some(Calibrated { draw, device: DeviceInfo { backend, .. }, .. }) = calibrated {
+    if let Some(Calibrated { draw, device: DeviceInfo { backend, variant, .. }, .. }) = calibrated {
         if let Some(draw @ Draw { most, length, seed, .. }) = draw {
-            flags += &format!(" --calibration {} --samples {most} --max-seq-len {length}", file_name(draw));
-            if let Some(seed) = seed {
-                flags += &format!(" --shuffle {seed}");
-            }
+            flag("--calibration", &file_name(draw));
+            flag("--samples", most);
+            flag("--max-seq-len", length);
+            seed.iter().for_each(|seed| flag("--shuffle", seed));
         }
-        flags += &format!(" --batch-size {batch} --backend {backend}");
-        if let Some(variant) = &device.variant {
-            flags += &format!(" --variant {variant}");
+        flag("--batch-size", batch);
+        flag("--backend", backend);
+        if device.device != 0 {
+            flag("--device", &device.device);
         }
+        variant.or(device.variant.as_deref()).iter().for_each(|variant| flag("--variant", variant));
     }
     if *max_shard_bytes != MAX_SHARD_BYTES {
-        flags += &format!(" --max-shard-size {max_shard_bytes}");
+        flag("--max-shard-size", max_shard_bytes);
     }
     flags
+}
+
+/// Words as a shell takes them.
+fn shell<'a>(words: impl IntoIterator<Item = &'a str>) -> Result<String> {
+    let why = |_| Error::text("the model card", "cannot name what has a NUL character; rename it");
+    shlex::try_join(words).map_err(why)
 }
 
 /// What the hub reads of a card: the base model, and the terms that the source's own card names.
@@ -165,12 +173,17 @@ mod tests {
 
     #[test]
     fn a_licence_is_kept_with_all_lines_of_its_values() {
-        let card = "---\nlanguage:\n- en\nlicense: other\nlicense_name: >-\n  llama\n  3.2\ntags:\n- x\nlicense_link: LICENSE\n---\n\
-                    license: none\n";
+        let card = "---\nlanguage:\n- en\nlicense: other\nlicense_name: >-\n  llama\n  3.2\ntags:\n- x\n\
+                    license_link: LICENSE\n---\nlicense: none\n";
         let want = "license: other\nlicense_name: >-\n  llama\n  3.2\nlicense_link: LICENSE\n";
         assert_eq!(terms(card), want);
         assert_eq!(terms(&card.replace('\n', "\r\n")), want);
         assert_eq!(terms("---\nlicense:\n- mit\n- apache-2.0\n---\n"), "license:\n- mit\n- apache-2.0\n");
         assert_eq!(terms("# license: mit\n"), "");
+    }
+    #[test]
+    fn a_command_survives_the_shell() {
+        let words = ["my texts.jsonl", "re:.*'s", "lm_head", "org/name@0123"];
+        assert_eq!(shlex::split(&shell(words).unwrap()).unwrap(), words);
     }
 }

@@ -122,7 +122,7 @@ fn the_terms_of_a_model_come_with_it_and_go_on_with_what_is_made_of_it() {
     }
     assert!(!made.join("notes.txt").exists());
     let card = fs::read_to_string(made.join("README.md")).unwrap();
-    let command = format!("quaver quantize {ID}@{COMMIT} DIR --scheme fp8-dynamic --ignore 'lm_head'\n");
+    let command = format!("quaver quantize {ID}@{COMMIT} DIR --scheme fp8-dynamic --ignore lm_head\n");
     assert!(card.contains(&command) && card.contains(&format!("base_model: {ID}\n")), "{card}");
 }
 

@@ -43,7 +43,7 @@ fn a_quantized_model_answers_and_brings_everything_along() {
         assert_eq!(fs::read_to_string(to.join(file)).unwrap(), text);
     }
     let card = fs::read_to_string(to.join("README.md")).unwrap();
-    let flags = "--scheme fp8 --kv-cache --ignore 'lm_head' --calibration texts.jsonl --samples 512 \
+    let flags = "--scheme fp8 --kv-cache --ignore lm_head --calibration texts.jsonl --samples 512 \
                  --max-seq-len 2048 --batch-size 1 --backend cpu\n";
     for part in ["---\nlicense: apache-2.0\n", "| calibration | 4 samples,", "of texts.jsonl, run on cpu (", flags] {
         assert!(card.contains(part), "{part:?} is not in {card}");
