@@ -1034,6 +1034,13 @@ fn logits_that_are_not_finite_fail_their_request_alone() {
     for _ in 0..3 {
         assert_eq!(ask(&mut engine, &[1, 2, 3], &greedy(3)).bits(), want);
     }
+    // The step behind the one that fails, in which the host would choose, is queued already.
+    let options = EngineOptions { max_num_batched_tokens: 16, max_num_seqs: 1, ..EngineOptions::default() };
+    let mut engine = queued(&opened.checkpoint, &cpu(), &options);
+    let params = SamplingParams { logit_bias: vec![(9, 1.0)], prompt_logprobs: Some(1), ..greedy(3) };
+    let prompt = [[7; 16].as_slice(), &[1; 4]].concat();
+    assert_eq!(ask(&mut engine, &prompt, &params).end, Some(Err(why.to_owned())));
+    assert_eq!(ask(&mut engine, &[1, 2, 3], &greedy(3)).bits(), want);
 }
 
 #[test]
