@@ -1,5 +1,5 @@
 //! Judges models by the logits that they give: the negative log-likelihood of texts ([`Window`], [`Tally`]), how far one
-//! model's distributions are from another's ([`compare`]), and the likelihoods of answers ([`likelihoods`]). Everything is
+//! model's distributions are from another's ([`compare`]), and how likely answers are ([`log_likelihoods`]). Everything is
 //! computed on the host from f32 logits, in f64. Token ids in, figures out; texts are the caller's affair.
 
 mod scorer;
