@@ -141,8 +141,9 @@ pub fn run<S: AsyncFnMut()>(options: Options, signals: impl FnOnce() -> S, on_ev
             result = loaded => result,
         }
     });
-    // A model that is still being loaded is not waited for.
-    runtime.shutdown_background();
+    // Threads that have looked at GPUs end before the process does: drivers' exit handlers free what a thread that ends
+    // beside them frees too. A model that is still being loaded is not waited for longer.
+    runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
