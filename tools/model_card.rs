@@ -181,6 +181,7 @@ mod tests {
         assert_eq!(terms("---\nlicense:\n- mit\n- apache-2.0\n---\n"), "license:\n- mit\n- apache-2.0\n");
         assert_eq!(terms("# license: mit\n"), "");
     }
+
     #[test]
     fn a_command_survives_the_shell() {
         let words = ["my texts.jsonl", "re:.*'s", "lm_head", "org/name@0123"];
