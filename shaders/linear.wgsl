@@ -2,19 +2,6 @@
 // A thread has a tile of TN channels x TM rows; neighbouring threads have neighbouring channels and the same rows: for
 // processors that pose as GPUs, and adapters without subgroups. grid (n / TN / WG, m / TM).
 
-override WG: u32;
-override TM: u32;  // at most 8
-override TN: u32;  // at most 8
-
-// Blocks of 16 products whose sums are taken on their own before they are added to the others: four additions each, and
-// about as many chunks, so that both sums are short.
-fn chunk_of(blocks: u32) -> u32 {
-  var count = 1u;
-  for (; 4u * count * count < blocks; count *= 2u) {
-  }
-  return count;
-}
-
 // Blocks of 16 elements as vectors: one of E4M3, two of bf16, four of f32 for each row of the tile.
 alias Blocks = array<vec4<u32>, 32>;
 
@@ -56,20 +43,6 @@ fn accumulate(xs: ptr<function, Blocks>, ws: ptr<function, Blocks>, c: u32, sums
   }
 }
 
-// The upper bit of each byte that is a NaN code.
-fn nan_bits(codes: vec4<u32>) -> vec4<u32> {
-  return ((codes & vec4<u32>(0x7f7f7f7fu)) + vec4<u32>(0x01010101u)) & vec4<u32>(0x80808080u);
-}
-
-// Whether a row of codes has a NaN.
-fn has_nan(first: u32, blocks: u32) -> bool {
-  var seen = vec4<u32>();
-  for (var block = 0u; block < blocks; block++) {
-    seen |= nan_bits(x[first + block]);
-  }
-  return any(seen != vec4<u32>());
-}
-
 @compute @workgroup_size(WG)
 fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m = live[AXIS];
@@ -89,8 +62,6 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   for (var j = 0u; j < TN; j++) {
     w_rows[j] = channel_at(tile + j) * blocks * w_vectors;
   }
-  // A NaN among the codes of a row makes all of its sums NaN. Codes are decoded as if there were none, and the whole tile's
-  // words are looked at for one: it leaves the upper bit of a byte.
   var seen = vec4<u32>();
   let length = chunk_of(blocks);
   var sums: array<f32, 64>;
@@ -123,12 +94,5 @@ fn linear(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
       chunk[i] = 0.0;
     }
   }
-  let unit = select(1.0, e4m3_unit(), X == E4M3) * select(1.0, e4m3_unit(), W == E4M3);
-  for (var i = 0u; i < TM; i++) {
-    let is_nan = any(seen != vec4<u32>()) && has_nan(x_rows[i], blocks);
-    for (var j = 0u; j < TN; j++) {
-      let sum = sums[i * TN + j] * unit;
-      store_at(row + i, tile + j, select(sum, bitcast<f32>(bitcast<u32>(sum) | 0x7fc00000u), is_nan));
-    }
-  }
+  store_tile(row, tile, &x_rows, seen, &sums);
 }

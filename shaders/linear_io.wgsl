@@ -1,4 +1,4 @@
-// linear_io: what the variants of linear share: parameters, bindings, blocks of 16 elements, and a sum's way out.
+// linear_io: what the variants of linear share: parameters, bindings but for w, blocks of x, and a sum's way out.
 // The binding of w holds `n` channels from `channel` on.
 
 struct Params {
@@ -23,7 +23,6 @@ override ADD: bool;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
 @group(0) @binding(2) var<storage, read_write> out: array<u32>;  // [m, stride]
 @group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;  // [m, row_words(X, K) / 4]
-@group(0) @binding(4) var<storage, read> w: array<vec4<u32>>;  // [n, row_words(W, K) / 4]
 @group(0) @binding(5) var<storage, read> w_scale: array<f32>;  // [all channels] where W is E4M3
 @group(0) @binding(6) var<storage, read> x_scale: array<f32>;  // [m] where PER_TOKEN
 
@@ -36,16 +35,6 @@ fn x16(block: u32) -> mat4x4<f32> {
     return bf16x16(x[at], x[at + 1u]);
   }
   return f32x16(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
-}
-
-fn w16(block: u32) -> mat4x4<f32> {
-  let at = block * (4u >> W);
-  if (W == E4M3) {
-    return codes16_finite(w[at]);
-  } else if (W == BF16) {
-    return bf16x16(w[at], w[at + 1u]);
-  }
-  return f32x16(w[at], w[at + 1u], w[at + 2u], w[at + 3u]);
 }
 
 // Channels before the first of a tile where two share a word of out: there a tile begins with a word.

@@ -216,7 +216,7 @@ impl Lower<'_> {
         let mut kernels = Vec::new();
         for (part, rows) in self.layout(weight).parts.iter().enumerate() {
             let (n, first) = (rows.len() as u32, out.first + rows.start);
-            let cut = self.tuning.linear(m, n, is_codes);
+            let cut = self.tuning.linear(m, n, k, is_codes);
             // Where two channels share a word, a tile begins with one.
             let shift = u32::from(self.layouts.desc(out.buf).dtype == DType::Bf16) * (first as u32 % 2);
             let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);

@@ -57,17 +57,16 @@ fn all_kernels() -> Vec<(&'static str, Kernel)> {
 enum Needs {
     Nothing,
     Subgroups,
+    /// Integers of 64 bits.
+    Int64,
     /// Matrices of f16, and subgroups.
     Matrices,
 }
 
 impl Needs {
     fn of(source: &str) -> Needs {
-        match (source.contains("coop_mat"), source.contains("subgroup_")) {
-            (true, _) => Needs::Matrices,
-            (false, true) => Needs::Subgroups,
-            (false, false) => Needs::Nothing,
-        }
+        let needs = [("coop_mat", Needs::Matrices), ("subgroup_", Needs::Subgroups), ("u64", Needs::Int64)];
+        needs.iter().find(|(word, _)| source.contains(word)).map_or(Needs::Nothing, |(_, needs)| *needs)
     }
 
     fn capabilities(self) -> Capabilities {
@@ -75,6 +74,7 @@ impl Needs {
         match self {
             Needs::Nothing => all,
             Needs::Subgroups => all | Capabilities::SUBGROUP,
+            Needs::Int64 => all | Capabilities::SHADER_INT64,
             Needs::Matrices => {
                 all | Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX
             }
@@ -111,8 +111,8 @@ fn every_shader_is_used_and_becomes_every_language() {
     println!("{} kernels of {} shaders", kernels.len(), modules.len());
 }
 
-/// Emits a kernel in each language, as the oldest version that has what it needs. Matrices are in SPIR-V and MSL only:
-/// naga has no others yet, and an adapter of DX12 or OpenGL does not offer them.
+/// Emits a kernel in each language, as the oldest version that has what it needs. Matrices are in SPIR-V and MSL only,
+/// integers of 64 bits not in GLSL: naga has no others yet, and an adapter of DX12 or OpenGL does not offer them.
 fn emit(module: &Module, info: &ModuleInfo, kernel: &Kernel) -> Result<(), String> {
     let (stage, entry) = (ShaderStage::Compute, kernel.shader.to_owned());
     let constants = kernel.constants.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
@@ -144,6 +144,9 @@ fn emit(module: &Module, info: &ModuleInfo, kernel: &Kernel) -> Result<(), Strin
     writer.write(&module, &info, None).map_err(|error| format!("HLSL: {error}"))?;
     assert!(text.contains("[numthreads("), "{text}");
 
+    if needs == Needs::Int64 {
+        return Ok(());
+    }
     let version = if needs == Needs::Nothing { glsl::Version::new_gles(310) } else { glsl::Version::Desktop(430) };
     let options = glsl::Options { version, ..glsl::Options::default() };
     let pipeline = glsl::PipelineOptions { shader_stage: stage, entry_point: entry, multiview: None };

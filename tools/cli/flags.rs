@@ -51,8 +51,8 @@ pub struct DeviceFlags {
     /// Threads of the cpu backend [default: one a core].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "QUAVER_THREADS")]
     pub threads: Option<u16>,
-    /// Which kernels, where the backend has several; on the cpu avx512-bf16, avx2 or portable, on wgpu portable, subgroup,
-    /// matrix or portable-exact, on cuda sm90, sm89 or sm80 [default: the best].
+    /// Which kernels, where the backend has several; on the cpu avx512-bf16, avx2 or portable, on wgpu wide, portable,
+    /// subgroup, matrix or portable-exact, on cuda sm90, sm89 or sm80 [default: the best].
     #[arg(long, value_name = "NAME", env = "QUAVER_VARIANT")]
     pub variant: Option<String>,
     /// The share of an NVIDIA card's memory that may be used, 0.9 for most of it.

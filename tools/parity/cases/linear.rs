@@ -133,24 +133,25 @@ fn drawn(rng: &mut Rng) -> Shape {
 
 /// One and two rows, as decoding has them: kernels of their own on GPUs.
 fn decode_shapes() -> impl Iterator<Item = (usize, usize, usize)> {
-    let of_rows = |m| [1, 7, 49, 301].into_iter().flat_map(move |n| [37, 2048].map(|k| (m, n, k)));
+    let of_rows = |m| [1, 7, 49, 301].into_iter().flat_map(move |n| [37, 96, 2048].map(|k| (m, n, k)));
     [1, 2].into_iter().flat_map(of_rows)
 }
 
 fn adversaries(list: &mut List) {
     list.add("linear", "all_code_pairs", |_| code_pairs());
-    // Rows for a thread's tile, for several tiles, and for the large tiles of GPUs.
-    for m in [5, 17, 70] {
+    // Rows of decoding, for a thread's tile, for several tiles, and for the large tiles of GPUs.
+    for m in [2, 5, 17, 70] {
+        let tight = m == 2;
         let positive = |rng: &mut Rng, n| rng.normals(n, 1.0).into_iter().map(f32::abs).collect::<Vec<_>>();
         for (name, x, w) in [("", STATIC, WeightKind::Fp8), ("bf16_", ActKind::Bf16, WeightKind::Bf16)] {
             list.add("linear", format!("all_positive_{name}m{m}_n33_k8192"), move |rng| {
-                let shape = Shape { x, w, m, n: 33, k: 8192, ..PLAIN };
+                let shape = Shape { x, w, m, n: 33, k: 8192, tight, ..PLAIN };
                 let (x, w) = (positive(rng, m * 8192), positive(rng, 33 * 8192));
                 problem(rng, shape, &x, &w)
             });
         }
         list.add("linear", format!("saturating_rows_m{m}_n33_k8192"), move |rng| {
-            let shape = Shape { m, n: 33, k: 8192, x: ActKind::Static(1.0), ..PLAIN };
+            let shape = Shape { m, n: 33, k: 8192, x: ActKind::Static(1.0), tight, ..PLAIN };
             let x: Vec<f32> = (0..m * 8192).map(|i| if i / 8192 % 2 == 0 { 448.0 } else { -448.0 }).collect();
             // The channels' scales make the largest weight of each 448 as well.
             let w: Vec<f32> = (0..33 * 8192).map(|i| if i % 3 == 0 { -1.0 } else { 1.0 }).collect();
@@ -163,7 +164,7 @@ fn adversaries(list: &mut List) {
         let codes = (0..33 * 512).map(|_| (rng.below(8) + 128 * rng.below(2)) as u8).collect();
         with_codes(rng, shape, &x, codes)
     });
-    for m in [1, 17] {
+    for m in [1, 2, 17] {
         list.add("linear", format!("nan_in_the_last_row_m{m}"), move |_| nan_row(m));
     }
     for x in [STATIC, ActKind::PerToken, ActKind::Bf16] {
@@ -273,7 +274,7 @@ fn nan_row(m: usize) -> Problem {
     let (n, k) = (33, 512);
     let mut values: Vec<f32> = (0..m * k).map(|i| (i % 3) as f32 - 1.0).collect();
     values[(m - 1) * k + 300] = f32::NAN;
-    let mut b = Builder::new(m, 0, 0);
+    let mut b = builder(Shape { m, tight: m <= 2, ..PLAIN });
     let (x, _) = b.act_in(ActKind::Static(1.0), Axis::Rows, k, &values);
     let (w, _) = b.fp8_weight(k, vec![e4m3::encode(1.0); n * k], &vec![1.0; n], &[]);
     let out = b.output("out", DType::F32, Axis::Rows, n);
