@@ -112,7 +112,7 @@ fn every_shader_is_used_and_becomes_every_language() {
 }
 
 /// Emits a kernel in each language, as the oldest version that has what it needs. Matrices are in SPIR-V and MSL only,
-/// integers of 64 bits not in GLSL: naga has no others yet, and an adapter of DX12 or OpenGL does not offer them.
+/// integers of 64 bits not in GLSL: naga has no others yet, and adapters of the other languages do not offer them.
 fn emit(module: &Module, info: &ModuleInfo, kernel: &Kernel) -> Result<(), String> {
     let (stage, entry) = (ShaderStage::Compute, kernel.shader.to_owned());
     let constants = kernel.constants.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
