@@ -400,6 +400,9 @@ pub struct Line {
 
 /// A step of a model as a list. Sizes are upper bounds: the step's own are in `live`, and what lies beyond them is
 /// padding, whose contents are undefined: no op reads it into its results, and none writes it.
+///
+/// What a line writes and the next one alone reads may never reach its buffer, where a backend runs the two as one. To see
+/// it, run the line in a program of its own.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Program {
     /// Rows of the step, at most.

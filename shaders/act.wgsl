@@ -42,19 +42,6 @@ fn store_act(row: u32, lid: u32) {
   }
   let first = row * row_words(OUT, COLS);
   for (var g = lid; g < groups; g += WG) {
-    let v = columns(row, g);
-    if (OUT == E4M3) {
-      out[first + g] = e4m3x4_encode(v * inv);
-    } else if (OUT == BF16) {
-      out[first + 2u * g] = bf16x2_encode(v.xy);
-      out[first + 2u * g + 1u] = bf16x2_encode(v.zw);
-    } else {
-      let at = first + 4u * g;
-      let words = bitcast<vec4<u32>>(v);
-      out[at] = words.x;
-      out[at + 1u] = words.y;
-      out[at + 2u] = words.z;
-      out[at + 3u] = words.w;
-    }
+    store4(first, g, columns(row, g) * inv);
   }
 }

@@ -6,6 +6,10 @@ struct Params {
   splits: u32,
   base: u32,  // the first tile of this dispatch
   begin: u32,  // its first kv head
+  // Where contexts are one part:
+  v_scale: f32,
+  inv: f32,  // the reciprocal of a static scale of out
+  stride: u32,  // words a row of out
 }
 
 override WG: u32;

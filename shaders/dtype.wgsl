@@ -26,3 +26,8 @@ fn bf16_encode(x: f32) -> u32 {
 fn bf16x2_encode(x: vec2<f32>) -> u32 {
   return bf16_encode(x.x) | (bf16_encode(x.y) << 16u);
 }
+
+// x as a dtype of reals keeps it.
+fn rounded(dtype: u32, x: f32) -> f32 {
+  return select(x, bitcast<f32>(bf16_encode(x) << 16u), dtype == BF16);
+}

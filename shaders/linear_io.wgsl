@@ -9,6 +9,11 @@ struct Params {
   x_scale: f32,
   base: u32,  // the first tile of rows of this dispatch
   begin: u32,  // its first workgroup of channels
+  // Of the op that is folded in, where one is.
+  inv: f32,  // the reciprocal of a static scale of out
+  k_inv: f32,
+  v_inv: f32,
+  pages: u32,  // of a row of page_table
 }
 
 override AXIS: u32;  // which word of live counts the rows
@@ -55,8 +60,8 @@ fn store_at(row: u32, place: u32, sum: f32) {
   }
 }
 
-// Scales a sum and stores it. Channels that share a word are one thread's.
-fn store(row: u32, c: u32, sum: f32) {
+// What a sum stands for.
+fn scaled(row: u32, c: u32, sum: f32) -> f32 {
   var y = sum;
   if (PER_TOKEN) {
     y *= x_scale[row];
@@ -66,6 +71,12 @@ fn store(row: u32, c: u32, sum: f32) {
   if (W == E4M3) {
     y *= w_scale[p.channel + c];
   }
+  return y;
+}
+
+// Scales a sum and stores it. Channels that share a word are one thread's.
+fn store(row: u32, c: u32, sum: f32) {
+  let y = scaled(row, c, sum);
   let column = p.first + c;
   if (OUT == BF16) {
     let at = row * p.stride + column / 2u;

@@ -1,6 +1,7 @@
-// linear_thread: what linear and linear_wide share. A thread has a tile of TN channels x TM rows; neighbouring threads have
-// neighbouring channels and the same rows. The variant says how weights are read: STEP blocks of 16 elements at a time, by
-// read_w as Ws, whose values w4 gives four by four.
+// linear_thread: linear by threads that need no others. A thread has a tile of TN channels x TM rows; neighbouring threads
+// have neighbouring tiles and the same rows. Others say how weights are read: STEP blocks of 16 elements at a time, by
+// read_w as Ws, whose values w4 gives four by four; which channels make a tile (channel_of); and where the sums of one of
+// its rows go (finish).
 
 override WG: u32;
 override TM: u32;  // at most 8
@@ -79,7 +80,7 @@ fn run_tile(workgroup: vec3<u32>, lid: u32) {
   }
   var w_rows: array<u32, 8>;
   for (var j = 0u; j < TN; j++) {
-    w_rows[j] = channel_at(tile + j) * steps;
+    w_rows[j] = channel_of(tile, j) * steps;
   }
   // A NaN among the codes of a row makes all of its sums NaN. Codes are decoded as if there were none, and the whole tile's
   // words are looked at for one: it leaves the upper bit of a byte.
@@ -125,7 +126,10 @@ fn run_tile(workgroup: vec3<u32>, lid: u32) {
     let is_nan = any(seen != vec4<u32>()) && has_nan(x_rows[i], blocks);
     for (var j = 0u; j < TN; j++) {
       let sum = sums[i * TN + j] * unit;
-      store_at(row + i, tile + j, select(sum, bitcast<f32>(bitcast<u32>(sum) | 0x7fc00000u), is_nan));
+      sums[i * TN + j] = select(sum, bitcast<f32>(bitcast<u32>(sum) | 0x7fc00000u), is_nan);
+    }
+    if (row + i < m) {
+      finish(row + i, tile, &sums, i * TN);
     }
   }
 }

@@ -63,3 +63,9 @@ fn inverse_sqrt(x: f32) -> f32 {
   let y = inverseSqrt(x);
   return y + 0.5 * y * (1.0 - x * y * y);
 }
+
+// silu(gate) * up
+fn swiglu4(gate: vec4<f32>, up: vec4<f32>) -> vec4<f32> {
+  let e = vec4<f32>(exp_f32(-gate.x), exp_f32(-gate.y), exp_f32(-gate.z), exp_f32(-gate.w));
+  return gate / (1.0 + e) * up;
+}

@@ -9,21 +9,12 @@ struct Params {
 }
 
 override WG: u32;
-override DIM: u32;
-override Q_HEADS: u32;
 override IN: u32;  // the dtype of qkv and q
-override KV: u32;  // the dtype of the cache
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
 @group(0) @binding(2) var<storage, read_write> q: array<u32>;  // [m, row_words(IN, Q_HEADS DIM)]
-@group(0) @binding(3) var<storage, read_write> k: array<u32>;  // [rows, row_words(KV, DIM)]
-@group(0) @binding(4) var<storage, read_write> v: array<u32>;  // as k
-@group(0) @binding(5) var<storage, read> qkv: array<u32>;
-@group(0) @binding(6) var<storage, read> rope: array<f32>;  // [positions, row_words(F32, DIM)]: cosines, then sines
-@group(0) @binding(7) var<storage, read> seq: array<u32>;  // [m]
-@group(0) @binding(8) var<storage, read> position: array<u32>;  // [m]
-@group(0) @binding(9) var<storage, read> page_table: array<u32>;  // [sequences, pages]
+@group(0) @binding(3) var<storage, read> qkv: array<u32>;
 
 fn input(row: u32, column: u32) -> f32 {
   let first = row * row_words(IN, (Q_HEADS + 2u * KV_HEADS) * DIM);
@@ -80,44 +71,12 @@ fn rope_append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoc
       }
     }
   }
-  let page = page_table[seq[row] * p.pages + at / PAGE];
   let groups = (DIM + 3u) / 4u;
   for (var i = lid; i < 2u * KV_HEADS * groups; i += WG) {
     let head = i / groups;  // of k, then of v
     let g = i % groups;
     let first = (Q_HEADS + head) * DIM;
     let x = output4(row, at, first + 4u * g, first + DIM);
-    let slot = kv_row(page, head % KV_HEADS, at) * row_words(KV, DIM);
-    if (head < KV_HEADS) {
-      store_k(slot, g, x);
-    } else {
-      store_v(slot, g, x);
-    }
-  }
-}
-
-fn store_k(slot: u32, g: u32, x: vec4<f32>) {
-  if (KV == E4M3) {
-    k[slot + g] = e4m3x4_encode(x * p.k_inv);
-  } else if (KV == BF16) {
-    k[slot + 2u * g] = bf16x2_encode(x.xy);
-    k[slot + 2u * g + 1u] = bf16x2_encode(x.zw);
-  } else {
-    for (var i = 0u; i < 4u; i++) {
-      k[slot + 4u * g + i] = bitcast<u32>(x[i]);
-    }
-  }
-}
-
-fn store_v(slot: u32, g: u32, x: vec4<f32>) {
-  if (KV == E4M3) {
-    v[slot + g] = e4m3x4_encode(x * p.v_inv);
-  } else if (KV == BF16) {
-    v[slot + 2u * g] = bf16x2_encode(x.xy);
-    v[slot + 2u * g + 1u] = bf16x2_encode(x.zw);
-  } else {
-    for (var i = 0u; i < 4u; i++) {
-      v[slot + 4u * g + i] = bitcast<u32>(x[i]);
-    }
+    append4(row, head, g, x);
   }
 }

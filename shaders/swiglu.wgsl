@@ -19,14 +19,11 @@ fn input(row: u32, column: u32) -> f32 {
   return bitcast<f32>(gate_up[first + column]);
 }
 
-fn gated(row: u32, column: u32) -> f32 {
-  let gate = input(row, column);
-  return gate / (1.0 + exp_f32(-gate)) * input(row, COLS + column);
-}
-
 fn value4(row: u32, group: u32) -> vec4<f32> {
   let c = min(vec4<u32>(4u * group) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(COLS - 1u));
-  return vec4<f32>(gated(row, c.x), gated(row, c.y), gated(row, c.z), gated(row, c.w));
+  let gate = vec4<f32>(input(row, c.x), input(row, c.y), input(row, c.z), input(row, c.w));
+  let d = c + COLS;
+  return swiglu4(gate, vec4<f32>(input(row, d.x), input(row, d.y), input(row, d.z), input(row, d.w)));
 }
 
 @compute @workgroup_size(WG)

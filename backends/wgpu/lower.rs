@@ -1,6 +1,6 @@
 //! From ops to kernels: which shader, which constants, which buffers, how many workgroups.
 
-use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, Weight};
+use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Line, Op, Program, Rows, Scale, Weight};
 use quaver_core::{Error, Result};
 
 use super::adapter;
@@ -10,10 +10,16 @@ use super::tuning::Tuning;
 
 /// The kernels of a program that `Program::check` has seen.
 pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
+    let lower = Lower { program, layouts, tuning };
     let mut kernels = Vec::new();
-    for line in &program.lines {
+    let mut lines = program.lines.iter().enumerate();
+    while let Some((i, line)) = lines.next() {
+        let fold = lower.fold(i);
+        if fold.is_some() {
+            lines.next();
+        }
         let unsupported = |why| Error::Unsupported { backend: adapter::NAME.into(), op: line.label.clone(), why };
-        kernels.extend(lower(&line.op, program, layouts, tuning).map_err(unsupported)?);
+        kernels.extend(lower.line(&line.op, fold).map_err(unsupported)?);
     }
     Ok(kernels)
 }
@@ -21,28 +27,6 @@ pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<
 /// The values of all codes as the fast decode has them, `[256]` f32 of scratch.
 pub fn e4m3_codes() -> Kernel {
     Kernel::new("e4m3_codes", [1, 1, 1]).constant("FAST_E4M3", 1).bind(2, Binding::WriteScratch(1024))
-}
-
-/// The kernels of an op, or why it cannot be run.
-fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>, String> {
-    let lower = Lower { program, layouts, tuning };
-    for buf in op.reads().into_iter().chain(op.writes()) {
-        lower.whole(op, buf)?;
-    }
-    let mut kernels = lower.op(op)?;
-    for kernel in &mut kernels {
-        if quaver_shaders::find(kernel.shader).is_some_and(|shader| shader.pieces.contains(&"e4m3")) {
-            kernel.constants.push(("FAST_E4M3", f64::from(u8::from(tuning.fast_e4m3))));
-        }
-    }
-    for kernel in &kernels {
-        if let Some(groups) = kernel.grid.iter().find(|groups| **groups > MOST_GROUPS) {
-            return Err(format!(
-                "{groups} workgroups along one dimension; at most {MOST_GROUPS}: lower the rows of a step"
-            ));
-        }
-    }
-    Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
 }
 
 /// Workgroups along one dimension, WebGPU's `maxComputeWorkgroupsPerDimension`.
@@ -66,13 +50,85 @@ fn flag(op: &Op, buf: Buf) -> &'static str {
     }
 }
 
+/// Where activations go: their elements, the reciprocal of their static scale, the scales of their rows.
+fn destination(out: Act) -> (Buf, f32, Option<Buf>) {
+    match out {
+        Act::Real(data) => (data, 1.0, None),
+        Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.inv, None),
+        Act::Fp8 { codes, scale: Scale::PerToken(scale) } => (codes, 1.0, Some(scale)),
+    }
+}
+
 struct Lower<'a> {
     program: &'a Program,
     layouts: &'a Layouts,
     tuning: &'a Tuning,
 }
 
-impl Lower<'_> {
+impl<'a> Lower<'a> {
+    /// The kernels of a line, with the op of the next one where it is folded in; or why they cannot be run.
+    fn line(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
+        for op in [Some(op), fold].into_iter().flatten() {
+            for buf in op.reads().into_iter().chain(op.writes()) {
+                self.whole(op, buf)?;
+            }
+        }
+        let mut kernels = match (*op, fold) {
+            (Op::Linear { x, w, out, add }, Some(fold)) => self.linear(x, w, out, add, Some(fold)),
+            _ => self.op(op)?,
+        };
+        for kernel in &mut kernels {
+            if quaver_shaders::find(kernel.shader).is_some_and(|shader| shader.pieces.contains(&"e4m3")) {
+                kernel.constants.push(("FAST_E4M3", f64::from(u8::from(self.tuning.fast_e4m3))));
+            }
+        }
+        for kernel in &kernels {
+            if let Some(groups) = kernel.grid.iter().find(|groups| **groups > MOST_GROUPS) {
+                return Err(format!(
+                    "{groups} workgroups along one dimension; at most {MOST_GROUPS}: lower the rows of a step"
+                ));
+            }
+        }
+        Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
+    }
+
+    /// The op of the line behind line `i`, where that line is a `Linear` whose kernel can do both: the next takes whole
+    /// heads, or gate and up, from a buffer that is between the two alone.
+    fn fold(&self, i: usize) -> Option<&'a Op> {
+        let [Line { op: linear, .. }, Line { op: next, .. }] = self.program.lines.get(i..i + 2)? else { return None };
+        let Op::Linear { x, w, out: Cols { buf, .. }, .. } = *linear else { return None };
+        let width = match *next {
+            Op::SwiGlu { gate_up, out: Act::Real(_) | Act::Fp8 { scale: Scale::Static(_), .. } } if gate_up == buf => {
+                self.cols(gate_up) / 2
+            }
+            Op::RopeAppend { qkv, heads, .. } if qkv == buf => heads.dim as u32,
+            _ => return None,
+        };
+        let cut = self.tuning.linear(self.rows(buf), self.cols(buf), self.cols(w.bufs()[0]), self.dtypes(x, w));
+        let is_one_part = self.layout(w.bufs()[0]).parts.len() == 1;
+        let is_apart = next.writes().iter().all(|buf| !linear.reads().contains(buf));
+        let fits = cut.shader == "linear_wide" && width.is_multiple_of(16) && is_one_part;
+        (fits && is_apart && self.is_between(buf)).then_some(next)
+    }
+
+    /// Whether every line that reads a buffer is behind one that overwrites all of it, and no other line writes it.
+    fn is_between(&self, buf: Buf) -> bool {
+        let (mut is_whole, mut is_between) = (false, true);
+        for Line { op, .. } in &self.program.lines {
+            let fills = self.fills(op, buf);
+            is_between &= is_whole || !op.reads().contains(&buf);
+            is_between &= fills || !op.writes().contains(&buf);
+            is_whole = fills;
+        }
+        is_between
+    }
+
+    /// Whether an op is a `Linear` that overwrites a whole buffer.
+    fn fills(&self, op: &Op, buf: Buf) -> bool {
+        matches!(*op, Op::Linear { w, out: Cols { buf: own, first: 0 }, add: false, .. }
+            if own == buf && self.layouts.desc(w.bufs()[0]).rows.capacity() == self.layouts.desc(buf).cols)
+    }
+
     /// Only the tables of `Embed` and the weights of `Linear` may be in several parts.
     fn whole(&self, op: &Op, buf: Buf) -> Result<(), String> {
         let table = match *op {
@@ -111,7 +167,7 @@ impl Lower<'_> {
                 vec![kernel.read(4, x).read(5, gamma)]
             }
             Op::Quantize { x, out } => vec![self.rows_kernel("quantize", x, out, Vec::new()).read(4, x)],
-            Op::Linear { x, w, out, add } => self.linear(x, w, out, add),
+            Op::Linear { x, w, out, add } => self.linear(x, w, out, add, None),
             Op::RopeAppend { qkv, rope, rows, heads, q, kv } => vec![self.rope_append(qkv, rope, rows, heads, q, kv)],
             Op::Attend { q, rows, heads, kv, out } => self.attend(q, rows, heads, kv, out)?,
             Op::SwiGlu { gate_up, out } => {
@@ -175,11 +231,7 @@ impl Lower<'_> {
 
     /// A kernel of a workgroup a row that writes activations (`act.wgsl`); `x` has as many rows.
     fn rows_kernel(&self, shader: &'static str, x: Buf, out: Act, params: Vec<u32>) -> Kernel {
-        let (data, inv, scale) = match out {
-            Act::Real(data) => (data, 1.0, None),
-            Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.inv, None),
-            Act::Fp8 { codes, scale: Scale::PerToken(scale) } => (codes, 1.0, Some(scale)),
-        };
+        let (data, inv, scale) = destination(out);
         let kernel = self.reducing(shader, self.rows(data));
         let kernel = kernel.constant("OUT", self.code(data)).constant("PER_TOKEN", u32::from(scale.is_some()));
         let kernel = kernel.constant("COLS", self.cols(data)).constant("AXIS", self.axis(x));
@@ -200,7 +252,11 @@ impl Lower<'_> {
         slices.map(slice).collect()
     }
 
-    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool) -> Vec<Kernel> {
+    fn dtypes(&self, x: Act, w: Weight) -> [DType; 2] {
+        [x.bufs()[0], w.bufs()[0]].map(|buf| self.layouts.desc(buf).dtype)
+    }
+
+    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool, fold: Option<&Op>) -> Vec<Kernel> {
         let (data, static_scale, token_scale) = match x {
             Act::Real(data) => (data, 1.0, None),
             Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.scale, None),
@@ -211,32 +267,48 @@ impl Lower<'_> {
             Weight::Fp8 { codes, scale } => (codes, Some(scale)),
         };
         let (m, k) = (self.rows(out.buf), self.cols(weight));
-        let is_codes = [data, weight].iter().all(|&buf| self.layouts.desc(buf).dtype == DType::E4m3);
+        // What is written: out itself, or what the op that is folded in makes of it.
+        let (shader, target, more) = match fold {
+            Some(&Op::SwiGlu { out, .. }) => {
+                let (target, inv, _) = destination(out);
+                (Some("linear_gated"), target, [inv.to_bits(), 0, 0, 0])
+            }
+            Some(&Op::RopeAppend { q, rows, kv, .. }) => {
+                let [k_inv, v_inv, pages] = self.append_params(rows, kv);
+                (Some("linear_rope"), q, [0, k_inv, v_inv, pages])
+            }
+            _ => (None, out.buf, [0; 4]),
+        };
         let scale = |buf: Option<Buf>| buf.map_or(Binding::Unread, |buf| Binding::Read(buf, 0));
         let mut kernels = Vec::new();
         for (part, rows) in self.layout(weight).parts.iter().enumerate() {
             let (n, first) = (rows.len() as u32, out.first + rows.start);
-            let cut = self.tuning.linear(m, n, k, is_codes);
+            let cut = self.tuning.linear(m, n, k, self.dtypes(x, w));
             // Where two channels share a word, a tile begins with one.
             let shift = u32::from(self.layouts.desc(out.buf).dtype == DType::Bf16) * (first as u32 % 2);
             let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
             let (x, y) = ((n + shift).div_ceil(cut.channels), m.div_ceil(cut.rows));
             for [(from, across), (base, down)] in self.tuning.runs(x, y, ops) {
-                let kernel = Kernel::new(cut.shader, [across, down, 1]);
+                let kernel = Kernel::new(shader.unwrap_or(cut.shader), [across, down, 1]);
                 let kernel = kernel
                     .share(ops, x, y)
                     .constants(&cut.constants)
                     .constant("AXIS", self.axis(out.buf))
                     .constant("K", k);
                 let kernel = kernel.constant("X", self.code(data)).constant("W", self.code(weight));
-                let kernel = kernel.constant("OUT", self.code(out.buf)).constant("ADD", u32::from(add));
+                let kernel = kernel.constant("OUT", self.code(target)).constant("ADD", u32::from(add));
                 let kernel = kernel.constant("PER_TOKEN", u32::from(token_scale.is_some()));
-                let stride = self.layout(out.buf).row_words();
+                let stride = self.layout(target).row_words();
                 let place = [n, rows.start as u32, first as u32, stride, static_scale.to_bits(), base, from];
-                let kernel = kernel.params(place);
-                let kernel = kernel.read(1, self.program.live).write(2, out.buf).read(3, data);
+                let kernel = kernel.params([&place[..], &more].concat());
+                let kernel = kernel.read(1, self.program.live).write(2, target).read(3, data);
                 let kernel = kernel.bind(4, Binding::Read(weight, part)).bind(5, scale(w_scale));
-                kernels.push(kernel.bind(6, scale(token_scale)));
+                let kernel = kernel.bind(6, scale(token_scale));
+                kernels.push(match fold {
+                    Some(Op::SwiGlu { .. }) => kernel.constant("GATE_UP", self.code(out.buf)),
+                    Some(&Op::RopeAppend { rope, rows, heads, kv, .. }) => self.append(kernel, rope, rows, heads, kv),
+                    _ => kernel,
+                });
             }
         }
         kernels
@@ -245,13 +317,23 @@ impl Lower<'_> {
     fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
         let kernel =
             Kernel::new("rope_append", [self.rows(q), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
+        let kernel = kernel.constant("IN", self.code(qkv)).params(self.append_params(rows, kv));
+        let kernel = kernel.read(1, self.program.live).write(2, q).read(3, qkv);
+        self.append(kernel, rope, rows, heads, kv)
+    }
+
+    /// What `append.wgsl` has for constants and bindings.
+    fn append(&self, kernel: Kernel, rope: Buf, rows: Rows, heads: Heads, kv: Kv) -> Kernel {
         let kernel = kernel.constant("DIM", heads.dim as u32).constant("Q_HEADS", heads.q as u32);
         let kernel = kernel.constant("KV_HEADS", heads.kv as u32).constant("PAGE", kv.page_tokens as u32);
-        let kernel = kernel.constant("IN", self.code(qkv)).constant("KV", self.code(kv.k));
+        let kernel = kernel.constant("KV", self.code(kv.k)).write(7, kv.k).write(8, kv.v).read(9, rope);
+        kernel.read(10, rows.seq).read(11, rows.position).read(12, rows.page_table)
+    }
+
+    /// What it has for parameters.
+    fn append_params(&self, rows: Rows, kv: Kv) -> [u32; 3] {
         let [k_inv, v_inv] = kv.scales.map_or([1.0; 2], |(k, v)| [k.inv, v.inv]).map(f32::to_bits);
-        let kernel = kernel.params([k_inv, v_inv, self.cols(rows.page_table)]).read(1, self.program.live);
-        let kernel = kernel.write(2, q).write(3, kv.k).write(4, kv.v).read(5, qkv).read(6, rope);
-        kernel.read(7, rows.seq).read(8, rows.position).read(9, rows.page_table)
+        [k_inv, v_inv, self.cols(rows.page_table)]
     }
 
     fn attend(&self, q: Buf, rows: Rows, heads: Heads, kv: Kv, out: Act) -> Result<Vec<Kernel>, String> {
@@ -264,6 +346,13 @@ impl Lower<'_> {
         let splits = self.tuning.splits(&cut, dim as u32, tiles * kv_heads as u32, context);
         let parts = 4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64;
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
+        // Where no thread of another workgroup has a share in a row's head, it can be written at once.
+        let (data, inv, row_scale) = destination(out);
+        let is_whole = cut.shader == "attend" && splits == 1 && dim % 16 == 0 && row_scale.is_none();
+        let written = match is_whole {
+            true => [Binding::Unwritten, Binding::Write(data, 0)],
+            false => [Binding::WriteScratch(parts), Binding::Unwritten],
+        };
         let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
 
         let ops = 4.0 * f64::from(m) * f64::from(context) * (q_heads * dim) as f64;
@@ -273,12 +362,24 @@ impl Lower<'_> {
             let attend = attend.constant("DIM", dim as u32).constant("GROUP", group);
             let attend = attend.constant("KV_HEADS", kv_heads as u32).constant("PAGE", kv.page_tokens as u32);
             let attend = attend.constant("IN", self.code(q)).constant("KV", self.code(kv.k));
-            let attend = attend.params([factor.to_bits(), self.cols(rows.page_table), splits, base, from]);
-            let attend = attend.read(1, self.program.live).bind(2, Binding::WriteScratch(parts)).read(3, q);
-            attend.read(4, kv.k).read(5, kv.v).read(6, rows.page_table).read(7, rows.spans)
+            let part = [factor.to_bits(), self.cols(rows.page_table), splits, base, from];
+            let whole = [v_scale.to_bits(), inv.to_bits(), self.layout(data).row_words()];
+            let attend = attend.params([&part[..], &whole].concat()).read(1, self.program.live);
+            let attend = attend.bind(2, written[0]).read(3, q).read(4, kv.k).read(5, kv.v);
+            let attend = attend.read(6, rows.page_table).read(7, rows.spans);
+            match cut.shader {
+                "attend" => {
+                    let attend = attend.constant("WHOLE", u32::from(is_whole)).constant("OUT", self.code(data));
+                    attend.bind(8, written[1])
+                }
+                _ => attend,
+            }
         };
-        let merge = self.rows_kernel("attend_merge", q, out, vec![v_scale.to_bits(), splits]);
-        let merge = merge.constant("DIM", dim as u32).bind(4, Binding::ReadScratch(parts));
-        Ok(self.tuning.runs(kv_heads as u32, tiles, ops).into_iter().map(attend).chain([merge]).collect())
+        let mut kernels: Vec<_> = self.tuning.runs(kv_heads as u32, tiles, ops).into_iter().map(attend).collect();
+        if !is_whole {
+            let merge = self.rows_kernel("attend_merge", q, out, vec![v_scale.to_bits(), splits]);
+            kernels.push(merge.constant("DIM", dim as u32).bind(4, Binding::ReadScratch(parts)));
+        }
+        Ok(kernels)
     }
 }

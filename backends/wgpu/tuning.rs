@@ -1,6 +1,9 @@
 //! The one place where kernels are chosen for an adapter.
 
+use std::num::NonZero;
+
 use ::wgpu::{Adapter, Backend, CooperativeScalarType, DeviceType, Features};
+use quaver_core::op::DType;
 
 /// A set of kernels by its name on the command line.
 #[derive(Clone, Debug)]
@@ -21,8 +24,11 @@ pub fn variants(adapter: &Adapter) -> Vec<Variant> {
     let is_software = info.device_type == DeviceType::Cpu;
     let portable = Tuning { tiled_attend: !is_software || info.backend == Backend::Gl, ..Tuning::PORTABLE };
     let mut variants = Vec::new();
-    if is_software && features.contains(Features::SHADER_INT64) {
-        let tuning = Tuning { wide: true, ..portable.clone() };
+    let binds_enough = limits.max_storage_buffers_per_shader_stage >= 12;
+    if is_software && binds_enough && features.contains(Features::SHADER_INT64) {
+        // Its workgroups run one a core, so that further parts of a context would bring nothing but their merge.
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get) as u32;
+        let tuning = Tuning { wide: true, busy_attend: cores, ..portable.clone() };
         variants.push(Variant { name: "wide", features: Features::SHADER_INT64, tuning });
     }
     variants.push(Variant { name: "portable", features: Features::empty(), tuning: portable });
@@ -72,7 +78,7 @@ const MESA_ROUNDS: u32 = 60_000;
 pub struct Tuning {
     /// Root of the threads of a workgroup, but for `Linear` and `Attend`; at most 16.
     pub side: u32,
-    /// `Linear` of one or two rows of codes with weights read as integers of 64 bits.
+    /// `Linear` of one or two rows with weights read as integers of 64 bits, and with the op behind it folded in.
     pub wide: bool,
     /// `Linear` by subgroups where rows are few, through the memory of a workgroup where they are many.
     pub subgroups: bool,
@@ -90,8 +96,10 @@ pub struct Tuning {
     pub most_ops: f64,
     /// Bytes of a buffer that are bound at once, at most, where the device binds more.
     pub most_bound: u64,
-    /// Workgroups that keep the device busy.
+    /// Workgroups of `Linear` that keep the device busy.
     pub busy: u32,
+    /// The same of `Attend`.
+    pub busy_attend: u32,
     /// Parts that a row's context is split into, at most, to keep it so. 1 makes sums independent of how a prompt was cut
     /// into steps.
     pub most_splits: u32,
@@ -128,6 +136,7 @@ impl Tuning {
         most_ops: MOST_OPS,
         most_bound: u64::MAX,
         busy: 8,
+        busy_attend: 8,
         most_splits: 8,
     };
 
@@ -153,19 +162,20 @@ impl Tuning {
         tiled_attend: true,
         most_rounds: u32::MAX,
         busy: 256,
+        busy_attend: 256,
         most_splits: 32,
         ..Tuning::PORTABLE
     };
 
-    /// How `Linear` is cut for `m` rows and `n` channels of `k` elements, of codes alone or not.
+    /// How `Linear` is cut for `m` rows and `n` channels of `k` elements, x and w of these dtypes.
     ///
     /// On lavapipe a tile of 8 x 4 has 13.7 GFLOP/s a core, one of 8 x 8 a third (its loops are not unrolled any more); one
     /// row with 8 channels a thread reads 2.7 GB/s a core, with 4 1.5. Weights of 64 bits are a sixth faster for one row, a
     /// tenth for two, and not at all where a thread has four channels.
-    pub fn linear(&self, m: u32, n: u32, k: u32, is_codes: bool) -> Cut {
+    pub fn linear(&self, m: u32, n: u32, k: u32, [x, w]: [DType; 2]) -> Cut {
         let rows = m.clamp(1, 8).next_power_of_two();
         if self.subgroups && m > 8 {
-            return match self.matrix_lanes.filter(|_| is_codes) {
+            return match self.matrix_lanes.filter(|_| [x, w] == [DType::E4m3; 2]) {
                 Some(lanes) => cut("linear_matrix", 64, 64, &[("WG", 4 * lanes)]),
                 None => cut("linear_tiled", 64, 64, &[]),
             };
@@ -177,8 +187,17 @@ impl Tuning {
         let channels = if rows <= 2 { 8 } else { 4 };
         let threads = n.div_ceil(channels) * m.div_ceil(rows);
         let workgroup = (threads / self.busy).next_power_of_two().clamp(8, 64);
-        let shader = if self.wide && is_codes && rows <= 2 && k.is_multiple_of(32) { "linear_wide" } else { "linear" };
-        cut(shader, rows, channels * workgroup, &[("WG", workgroup), ("TM", rows), ("TN", channels)])
+        let constants = [("WG", workgroup), ("TM", rows), ("TN", channels)];
+        // Blocks of 16 weights that are 32 bytes.
+        let step = match [x, w] {
+            [DType::E4m3, DType::E4m3] if k.is_multiple_of(32) => 2,
+            [_, DType::Bf16] => 1,
+            _ => 0,
+        };
+        if self.wide && rows <= 2 && step > 0 {
+            return cut("linear_wide", rows, channels * workgroup, &[&constants[..], &[("STEP", step)]].concat());
+        }
+        cut("linear", rows, channels * workgroup, &constants)
     }
 
     /// How `Attend` is cut for `m` rows of `group` query heads a kv head, of `dim` elements each.
@@ -201,7 +220,7 @@ impl Tuning {
     /// a cut of `Attend` without.
     pub fn splits(&self, cut: &Cut, dim: u32, workgroups: u32, context: u32) -> u32 {
         let most = self.most_splits.min(context.div_ceil(64)).max(1);
-        (self.busy / workgroups.max(1)).clamp(1, most).max(context.div_ceil(self.longest_part(cut.shader, dim)))
+        (self.busy_attend / workgroups.max(1)).clamp(1, most).max(context.div_ceil(self.longest_part(cut.shader, dim)))
     }
 
     /// Positions that a thread of `Attend` goes through, at most: whole chunks of 16. Their rounds are counted as the

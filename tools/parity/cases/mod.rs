@@ -1,8 +1,9 @@
-//! The cases, a file an op: shapes that are chosen, and shapes that are drawn from the seed.
+//! The cases, a file an op, or for ops that may run as one: shapes that are chosen, and shapes that are drawn from the seed.
 
 mod attend;
 mod batch;
 mod elementwise;
+mod folded;
 mod linear;
 mod pages;
 mod quantize;
@@ -20,6 +21,7 @@ pub fn cases(seed: u64) -> Vec<Case> {
     pages::add(&mut list);
     elementwise::add(&mut list);
     linear::add(&mut list);
+    folded::add(&mut list);
     rope_append::add(&mut list);
     attend::add(&mut list);
     sample::add(&mut list);

@@ -42,7 +42,7 @@ pub fn add(list: &mut List) {
 }
 
 /// `[positions, dim]`: cosines, then sines, of Llama's angles, from f64.
-fn rope_table(positions: usize, dim: usize) -> Vec<f32> {
+pub fn rope_table(positions: usize, dim: usize) -> Vec<f32> {
     let half = dim / 2;
     let mut table = Vec::with_capacity(positions * dim);
     let frequencies: Vec<f64> = (0..half).map(|i| 500_000f64.powf(-2.0 * i as f64 / dim as f64)).collect();

@@ -1,0 +1,18 @@
+// act4: four activations, as out has them.
+
+// Stores the four from column 4 group on of a row that begins with the word `first`; codes of what is scaled already.
+fn store4(first: u32, group: u32, v: vec4<f32>) {
+  if (OUT == E4M3) {
+    out[first + group] = e4m3x4_encode(v);
+  } else if (OUT == BF16) {
+    out[first + 2u * group] = bf16x2_encode(v.xy);
+    out[first + 2u * group + 1u] = bf16x2_encode(v.zw);
+  } else {
+    let at = first + 4u * group;
+    let words = bitcast<vec4<u32>>(v);
+    out[at] = words.x;
+    out[at + 1u] = words.y;
+    out[at + 2u] = words.z;
+    out[at + 3u] = words.w;
+  }
+}

@@ -1,0 +1,51 @@
+// append: k and v to the pages of their sequences, and the tables that rotate k and q before. Parameters: k_inv, v_inv, and
+// `pages`, those of a row of page_table.
+
+override DIM: u32;
+override Q_HEADS: u32;
+override KV: u32;  // the dtype of the cache
+
+@group(0) @binding(7) var<storage, read_write> k: array<u32>;  // [rows, row_words(KV, DIM)]
+@group(0) @binding(8) var<storage, read_write> v: array<u32>;  // as k
+@group(0) @binding(9) var<storage, read> rope: array<f32>;  // [positions, row_words(F32, DIM)]: cosines, then sines
+@group(0) @binding(10) var<storage, read> seq: array<u32>;  // [m]
+@group(0) @binding(11) var<storage, read> position: array<u32>;  // [m]
+@group(0) @binding(12) var<storage, read> page_table: array<u32>;  // [sequences, pages]
+
+// Four elements of a row's head of k, or of v where that is KV_HEADS or more, from 4 g on.
+fn append4(row: u32, head: u32, g: u32, x: vec4<f32>) {
+  let at = position[row];
+  let page = page_table[seq[row] * p.pages + at / PAGE];
+  let slot = kv_row(page, head % KV_HEADS, at) * row_words(KV, DIM);
+  if (head < KV_HEADS) {
+    store_k(slot, g, x);
+  } else {
+    store_v(slot, g, x);
+  }
+}
+
+fn store_k(slot: u32, g: u32, x: vec4<f32>) {
+  if (KV == E4M3) {
+    k[slot + g] = e4m3x4_encode(x * p.k_inv);
+  } else if (KV == BF16) {
+    k[slot + 2u * g] = bf16x2_encode(x.xy);
+    k[slot + 2u * g + 1u] = bf16x2_encode(x.zw);
+  } else {
+    for (var i = 0u; i < 4u; i++) {
+      k[slot + 4u * g + i] = bitcast<u32>(x[i]);
+    }
+  }
+}
+
+fn store_v(slot: u32, g: u32, x: vec4<f32>) {
+  if (KV == E4M3) {
+    v[slot + g] = e4m3x4_encode(x * p.v_inv);
+  } else if (KV == BF16) {
+    v[slot + 2u * g] = bf16x2_encode(x.xy);
+    v[slot + 2u * g + 1u] = bf16x2_encode(x.zw);
+  } else {
+    for (var i = 0u; i < 4u; i++) {
+      v[slot + 4u * g + i] = bitcast<u32>(x[i]);
+    }
+  }
+}
