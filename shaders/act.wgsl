@@ -1,4 +1,4 @@
-// act: activations [m, COLS] to write, the one rounding point of every op that does. The shader's own part gives
+// act: activations [m, COLS] to write, a workgroup a row, which finds the row's scale first. The shader's own part gives
 // value4(row, group), the four numbers from column 4 group on, and a field `inv` of its parameters, the reciprocal of a
 // static scale.
 
@@ -42,6 +42,6 @@ fn store_act(row: u32, lid: u32) {
   }
   let first = row * row_words(OUT, COLS);
   for (var g = lid; g < groups; g += WG) {
-    store4(first, g, columns(row, g) * inv);
+    store4(first, g, columns(row, g), inv);
   }
 }

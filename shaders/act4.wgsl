@@ -1,9 +1,10 @@
-// act4: four activations, as out has them.
+// act4: four activations as out has them, the one rounding point of everything that writes such.
 
-// Stores the four from column 4 group on of a row that begins with the word `first`; codes of what is scaled already.
-fn store4(first: u32, group: u32, v: vec4<f32>) {
+// Stores the four from column 4 group on of a row that begins with the word `first`; as codes times `inv`, the reciprocal
+// of their scale.
+fn store4(first: u32, group: u32, v: vec4<f32>, inv: f32) {
   if (OUT == E4M3) {
-    out[first + group] = e4m3x4_encode(v);
+    out[first + group] = e4m3x4_encode(v * inv);
   } else if (OUT == BF16) {
     out[first + 2u * group] = bf16x2_encode(v.xy);
     out[first + 2u * group + 1u] = bf16x2_encode(v.zw);

@@ -12,10 +12,8 @@ override KV: u32;  // the dtype of the cache
 @group(0) @binding(11) var<storage, read> position: array<u32>;  // [m]
 @group(0) @binding(12) var<storage, read> page_table: array<u32>;  // [sequences, pages]
 
-// Four elements of a row's head of k, or of v where that is KV_HEADS or more, from 4 g on.
-fn append4(row: u32, head: u32, g: u32, x: vec4<f32>) {
-  let at = position[row];
-  let page = page_table[seq[row] * p.pages + at / PAGE];
+// Four elements of a head of k, or of v where that is KV_HEADS or more, from 4 g on, at a position and its page.
+fn append4(page: u32, at: u32, head: u32, g: u32, x: vec4<f32>) {
   let slot = kv_row(page, head % KV_HEADS, at) * row_words(KV, DIM);
   if (head < KV_HEADS) {
     store_k(slot, g, x);

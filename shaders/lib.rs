@@ -68,7 +68,7 @@ pub const SHADERS: &[Shader] = &[
     shader!("peak_read"),
     shader!("quantize", "dtype", "e4m3", "math", "reduce", "act", "act4"),
     shader!("rms_norm", "dtype", "e4m3", "math", "reduce", "act", "act4"),
-    shader!("rope_append", "dtype", "e4m3", "paging", "append"),
+    shader!("rope_append", "dtype", "e4m3", "act4", "paging", "append"),
     shader!("sample", "dtype", "math", "reduce", "philox"),
     shader!("swiglu", "dtype", "e4m3", "math", "reduce", "act", "act4"),
 ];

@@ -11,7 +11,7 @@ fn channel_of(tile: u32, j: u32) -> u32 {
 fn finish(row: u32, tile: u32, sums: ptr<function, array<f32, 64>>, at: u32) {
   let gate = between4(GATE_UP, row, channel_of(tile, 0u), sums, at);
   let up = between4(GATE_UP, row, channel_of(tile, 4u), sums, at + 4u);
-  store4(row * p.stride, tile / 8u, swiglu4(gate, up) * p.inv);
+  store4(row * p.stride, tile / 8u, swiglu4(gate, up), p.inv);
 }
 
 @compute @workgroup_size(WG)

@@ -16,8 +16,8 @@ fn finish(row: u32, tile: u32, sums: ptr<function, array<f32, 64>>, at: u32) {
   if (head < Q_HEADS + KV_HEADS) {
     let angle = position[row] * row_words(F32, DIM) + d;
     let c = vec4<f32>(rope[angle], rope[angle + 1u], rope[angle + 2u], rope[angle + 3u]);
-    let at = angle + DIM / 2u;
-    let s = vec4<f32>(rope[at], rope[at + 1u], rope[at + 2u], rope[at + 3u]);
+    let sine = angle + DIM / 2u;
+    let s = vec4<f32>(rope[sine], rope[sine + 1u], rope[sine + 2u], rope[sine + 3u]);
     low = x * c - y * s;
     high = y * c + x * s;
   }
@@ -25,11 +25,13 @@ fn finish(row: u32, tile: u32, sums: ptr<function, array<f32, 64>>, at: u32) {
   let half = DIM / 8u;
   if (head < Q_HEADS) {
     let first = row * p.stride;
-    store4(first, head * DIM / 4u + group, low);
-    store4(first, head * DIM / 4u + group + half, high);
+    store4(first, head * DIM / 4u + group, low, 1.0);
+    store4(first, head * DIM / 4u + group + half, high, 1.0);
   } else {
-    append4(row, head - Q_HEADS, group, low);
-    append4(row, head - Q_HEADS, group + half, high);
+    let at = position[row];
+    let page = page_table[seq[row] * p.pages + at / PAGE];
+    append4(page, at, head - Q_HEADS, group, low);
+    append4(page, at, head - Q_HEADS, group + half, high);
   }
 }
 

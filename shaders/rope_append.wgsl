@@ -9,16 +9,16 @@ struct Params {
 }
 
 override WG: u32;
-override IN: u32;  // the dtype of qkv and q
+override OUT: u32;  // the dtype of qkv and q
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
-@group(0) @binding(2) var<storage, read_write> q: array<u32>;  // [m, row_words(IN, Q_HEADS DIM)]
+@group(0) @binding(2) var<storage, read_write> out: array<u32>;  // q[m, row_words(OUT, Q_HEADS DIM)]
 @group(0) @binding(3) var<storage, read> qkv: array<u32>;
 
 fn input(row: u32, column: u32) -> f32 {
-  let first = row * row_words(IN, (Q_HEADS + 2u * KV_HEADS) * DIM);
-  if (IN == BF16) {
+  let first = row * row_words(OUT, (Q_HEADS + 2u * KV_HEADS) * DIM);
+  if (OUT == BF16) {
     return bf16x2(qkv[first + column / 2u])[column % 2u];
   }
   return bitcast<f32>(qkv[first + column]);
@@ -61,22 +61,15 @@ fn rope_append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoc
   let q_groups = (width + 3u) / 4u;
   for (var g = lid; g < q_groups; g += WG) {
     let x = output4(row, at, 4u * g, width);
-    let first = row * row_words(IN, width);
-    if (IN == BF16) {
-      q[first + 2u * g] = bf16x2_encode(x.xy);
-      q[first + 2u * g + 1u] = bf16x2_encode(x.zw);
-    } else {
-      for (var i = 0u; i < 4u; i++) {
-        q[first + 4u * g + i] = bitcast<u32>(x[i]);
-      }
-    }
+    store4(row * row_words(OUT, width), g, x, 1.0);
   }
+  let page = page_table[seq[row] * p.pages + at / PAGE];
   let groups = (DIM + 3u) / 4u;
   for (var i = lid; i < 2u * KV_HEADS * groups; i += WG) {
     let head = i / groups;  // of k, then of v
     let g = i % groups;
     let first = (Q_HEADS + head) * DIM;
     let x = output4(row, at, first + 4u * g, first + DIM);
-    append4(row, head, g, x);
+    append4(page, at, head, g, x);
   }
 }

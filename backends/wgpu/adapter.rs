@@ -41,8 +41,11 @@ fn found() -> &'static (Vec<Adapter>, Vec<String>) {
     })
 }
 
-/// Storage buffers that a kernel has, at most: those of `rope_append`.
+/// Storage buffers that every adapter must bind: those of `rope_append`.
 pub const MOST_BUFFERS: u32 = 9;
+
+/// The same for adapters that run `linear_rope`.
+pub const MOST_BUFFERS_WIDE: u32 = 12;
 
 /// Threads of a workgroup that every adapter must run: those of `attend_tiled`.
 const THREADS: u32 = 128;

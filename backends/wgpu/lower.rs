@@ -12,13 +12,18 @@ use super::tuning::Tuning;
 pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
     let lower = Lower { program, layouts, tuning };
     let mut kernels = Vec::new();
-    let mut lines = program.lines.iter().enumerate();
-    while let Some((i, line)) = lines.next() {
-        let fold = lower.fold(i);
-        if fold.is_some() {
-            lines.next();
-        }
+    let mut is_folded = false;
+    for (i, line) in program.lines.iter().enumerate() {
         let unsupported = |why| Error::Unsupported { backend: adapter::NAME.into(), op: line.label.clone(), why };
+        for buf in line.op.reads().into_iter().chain(line.op.writes()) {
+            lower.whole(&line.op, buf).map_err(unsupported)?;
+        }
+        if is_folded {
+            is_folded = false;
+            continue;
+        }
+        let fold = lower.fold(i);
+        is_folded = fold.is_some();
         kernels.extend(lower.line(&line.op, fold).map_err(unsupported)?);
     }
     Ok(kernels)
@@ -68,15 +73,7 @@ struct Lower<'a> {
 impl<'a> Lower<'a> {
     /// The kernels of a line, with the op of the next one where it is folded in; or why they cannot be run.
     fn line(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
-        for op in [Some(op), fold].into_iter().flatten() {
-            for buf in op.reads().into_iter().chain(op.writes()) {
-                self.whole(op, buf)?;
-            }
-        }
-        let mut kernels = match (*op, fold) {
-            (Op::Linear { x, w, out, add }, Some(fold)) => self.linear(x, w, out, add, Some(fold)),
-            _ => self.op(op)?,
-        };
+        let mut kernels = self.op(op, fold)?;
         for kernel in &mut kernels {
             if quaver_shaders::find(kernel.shader).is_some_and(|shader| shader.pieces.contains(&"e4m3")) {
                 kernel.constants.push(("FAST_E4M3", f64::from(u8::from(self.tuning.fast_e4m3))));
@@ -107,6 +104,7 @@ impl<'a> Lower<'a> {
         let cut = self.tuning.linear(self.rows(buf), self.cols(buf), self.cols(w.bufs()[0]), self.dtypes(x, w));
         let is_one_part = self.layout(w.bufs()[0]).parts.len() == 1;
         let is_apart = next.writes().iter().all(|buf| !linear.reads().contains(buf));
+        // What is between two lines alone is all that this one writes.
         let fits = cut.shader == "linear_wide" && width.is_multiple_of(16) && is_one_part;
         (fits && is_apart && self.is_between(buf)).then_some(next)
     }
@@ -145,7 +143,8 @@ impl<'a> Lower<'a> {
         Ok(())
     }
 
-    fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
+    /// The kernels of an op, and of the one that is folded into it.
+    fn op(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
         let wg = self.tuning.side * self.tuning.side;
         // Kernels read rows of f32 as vectors, which a single column is not (`layout.rs`).
         let width = match *op {
@@ -167,7 +166,7 @@ impl<'a> Lower<'a> {
                 vec![kernel.read(4, x).read(5, gamma)]
             }
             Op::Quantize { x, out } => vec![self.rows_kernel("quantize", x, out, Vec::new()).read(4, x)],
-            Op::Linear { x, w, out, add } => self.linear(x, w, out, add, None),
+            Op::Linear { x, w, out, add } => self.linear(x, w, out, add, fold),
             Op::RopeAppend { qkv, rope, rows, heads, q, kv } => vec![self.rope_append(qkv, rope, rows, heads, q, kv)],
             Op::Attend { q, rows, heads, kv, out } => self.attend(q, rows, heads, kv, out)?,
             Op::SwiGlu { gate_up, out } => {
@@ -317,7 +316,7 @@ impl<'a> Lower<'a> {
     fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
         let kernel =
             Kernel::new("rope_append", [self.rows(q), 1, 1]).constant("WG", self.tuning.side * self.tuning.side);
-        let kernel = kernel.constant("IN", self.code(qkv)).params(self.append_params(rows, kv));
+        let kernel = kernel.constant("OUT", self.code(qkv)).params(self.append_params(rows, kv));
         let kernel = kernel.read(1, self.program.live).write(2, q).read(3, qkv);
         self.append(kernel, rope, rows, heads, kv)
     }
@@ -346,7 +345,7 @@ impl<'a> Lower<'a> {
         let splits = self.tuning.splits(&cut, dim as u32, tiles * kv_heads as u32, context);
         let parts = 4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64;
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
-        // Where no thread of another workgroup has a share in a row's head, it can be written at once.
+        // A row's head that is one thread's can be written at once, in whole words, unless the row's scale is still to find.
         let (data, inv, row_scale) = destination(out);
         let is_whole = cut.shader == "attend" && splits == 1 && dim % 16 == 0 && row_scale.is_none();
         let written = match is_whole {

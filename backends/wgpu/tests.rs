@@ -90,9 +90,9 @@ fn embed() -> (Problem, Program, Buf) {
     (p, program, out)
 }
 
-/// `Linear` over codes of so many rows.
-fn linear(m: usize) -> (Problem, Program, Buf) {
-    let (mut p, n, k) = (Problem::default(), 150, 768);
+/// `Linear` over codes of so many rows and channels.
+fn linear(m: usize, n: usize) -> (Problem, Program, Buf) {
+    let (mut p, k) = (Problem::default(), 768);
     let live = p.words("live", Extent::Fixed(1), 3, &[m as u32, 0, 0]);
     let x = p.input("x", DType::E4m3, Extent::Rows(m), k, codes(&noise(m * k, 2)));
     let w = p.push("w", DType::E4m3, Extent::Fixed(n), k, codes(&noise(n * k, 3)), true);
@@ -103,6 +103,14 @@ fn linear(m: usize) -> (Problem, Program, Buf) {
     let mut program = Program::new(m, 0, live);
     let w = Weight::Fp8 { codes: w, scale };
     program.push("linear", Op::Linear { x, w, out: Cols { buf: out, first: 0 }, add: false });
+    (p, program, out)
+}
+
+/// `Linear` of two rows, and `SwiGlu` of what it gives.
+fn gated() -> (Problem, Program, Buf) {
+    let (mut p, mut program, gate_up) = linear(2, 160);
+    let out = p.output(Extent::Rows(2), 80);
+    program.push("swiglu", Op::SwiGlu { gate_up, out: Act::Real(out) });
     (p, program, out)
 }
 
@@ -140,13 +148,22 @@ fn cut(adapter: &Adapter, variant: &Variant, tuning: Tuning, case: &(Problem, Pr
 
 #[test]
 fn tables_in_parts_and_dispatches_in_runs_give_the_same() {
-    // 64 KiB hold the rows of a step, but no table. With each case, how many kernels more there are at least.
-    let cases = [("embed", embed(), 2), ("linear", linear(70), 6), ("linear", linear(2), 2), ("attend", attend(), 4)];
+    // 64 KiB hold the rows of a step, but no table. With each case, what is bound at most, and how many kernels more there
+    // are at least.
+    let few = 64 << 10;
+    let cases = [
+        ("embed", embed(), few, 2),
+        ("linear", linear(70, 150), few, 6),
+        ("linear", linear(2, 150), few, 2),
+        ("linear and swiglu", gated(), few, 2),
+        ("linear and swiglu in runs", gated(), u64::MAX, 2),
+        ("attend", attend(), few, 4),
+    ];
     each_adapter(|adapter| {
         for variant in variants(adapter).iter().filter(|variant| variant.name != "portable-exact") {
-            for (name, case, least) in &cases {
+            for (name, case, most_bound, least) in &cases {
                 let want = case.0.run(&mut Reference::open(), &case.1, case.2);
-                let small = Tuning { most_ops: 1e5, most_bound: 64 << 10, ..variant.tuning.clone() };
+                let small = Tuning { most_ops: 1e5, most_bound: *most_bound, ..variant.tuning.clone() };
                 let ([kernels, submissions], got) = cut(adapter, variant, small, case);
                 let ([whole, one], whole_got) = cut(adapter, variant, variant.tuning.clone(), case);
                 let what = format!("{name}, {}: {kernels} kernels in {submissions} submissions", variant.name);

@@ -5,6 +5,8 @@ use std::num::NonZero;
 use ::wgpu::{Adapter, Backend, CooperativeScalarType, DeviceType, Features};
 use quaver_core::op::DType;
 
+use super::adapter::MOST_BUFFERS_WIDE;
+
 /// A set of kernels by its name on the command line.
 #[derive(Clone, Debug)]
 pub struct Variant {
@@ -24,7 +26,7 @@ pub fn variants(adapter: &Adapter) -> Vec<Variant> {
     let is_software = info.device_type == DeviceType::Cpu;
     let portable = Tuning { tiled_attend: !is_software || info.backend == Backend::Gl, ..Tuning::PORTABLE };
     let mut variants = Vec::new();
-    let binds_enough = limits.max_storage_buffers_per_shader_stage >= 12;
+    let binds_enough = limits.max_storage_buffers_per_shader_stage >= MOST_BUFFERS_WIDE;
     if is_software && binds_enough && features.contains(Features::SHADER_INT64) {
         // Its workgroups run one a core, so that further parts of a context would bring nothing but their merge.
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get) as u32;
@@ -148,7 +150,7 @@ impl Tuning {
             ("portable", Tuning::PORTABLE),
             ("portable-exact", exact),
             ("portable, tiled attention", tiled),
-            ("wide", Tuning { wide: true, ..Tuning::PORTABLE }),
+            ("wide", Tuning { wide: true, busy_attend: 2, ..Tuning::PORTABLE }),
             ("subgroup", Tuning::SUBGROUP),
         ];
         all.extend([32, 64].map(|lanes| ("matrix", Tuning { matrix_lanes: Some(lanes), ..Tuning::SUBGROUP })));

@@ -87,7 +87,8 @@ impl Builder {
         Self::padded(0, rows, wanted, spans)
     }
 
-    fn padded(padding: usize, rows: usize, wanted: usize, spans: usize) -> Self {
+    /// A problem with so many rows of the program that are not in use, and of the buffers that are not in the program.
+    pub fn padded(padding: usize, rows: usize, wanted: usize, spans: usize) -> Self {
         let live = BufDesc::new("live", DType::U32, Extent::Fixed(1), 3);
         let words = [rows, wanted, spans].map(|n| n as u32);
         let program = Program::new(rows + padding, wanted + padding, LIVE);

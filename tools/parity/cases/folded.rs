@@ -12,33 +12,30 @@ use crate::parity::{Problem, Rng};
 const STATIC: ActKind = ActKind::Static(0.0117);
 
 pub fn add(list: &mut List) {
-    for m in [1, 2, 3] {
+    let heads = Heads { q: 6, kv: 2, dim: 32 };
+    // Rows, and rows of the program that are not in use.
+    for (m, padding) in [(1, 0), (2, 0), (1, 1), (3, 0)] {
+        let rows = format!("m{m}_of_{}", m + padding);
         for (x, w) in [(STATIC, DType::E4m3), (ActKind::PerToken, DType::E4m3), (ActKind::Bf16, DType::Bf16)] {
             let name = x.name();
             for (between, out) in [(DType::Bf16, STATIC), (DType::F32, STATIC), (DType::Bf16, ActKind::Bf16)] {
-                list.add(
-                    "linear",
-                    format!("{name}_with_swiglu_{}_to_{}_m{m}", real(between), out.name()),
-                    move |rng| swiglu(rng, x, w, m, [48, 96], between, out),
-                );
+                let name = format!("{name}_with_swiglu_{}_to_{}_{rows}", real(between), out.name());
+                list.add("linear", name, move |rng| swiglu(rng, x, w, [m, padding], [48, 96], between, out));
             }
             for (between, cache) in [(DType::Bf16, Cache::Bf16), (DType::Bf16, Cache::Fp8), (DType::F32, Cache::F32)] {
-                list.add(
-                    "linear",
-                    format!("{name}_with_rope_{}_to_{}_m{m}", real(between), cache.name()),
-                    move |rng| rope(rng, x, w, m, Heads { q: 6, kv: 2, dim: 32 }, between, cache),
-                );
+                let name = format!("{name}_with_rope_{}_to_{}_{rows}", real(between), cache.name());
+                list.add("linear", name, move |rng| rope(rng, x, w, [m, padding], heads, between, cache));
             }
         }
-        // What does not fold: scales of the rows of its results, halves and heads that are no whole blocks.
-        list.add("linear", format!("fp8_static_with_swiglu_to_fp8_per_token_m{m}"), move |rng| {
-            swiglu(rng, STATIC, DType::E4m3, m, [48, 96], DType::Bf16, ActKind::PerToken)
+        // What stays apart: scales of the rows of its results, halves and heads that are no whole blocks.
+        list.add("linear", format!("apart_from_swiglu_to_fp8_per_token_{rows}"), move |rng| {
+            swiglu(rng, STATIC, DType::E4m3, [m, padding], [48, 96], DType::Bf16, ActKind::PerToken)
         });
-        list.add("linear", format!("fp8_static_with_swiglu_f40_m{m}"), move |rng| {
-            swiglu(rng, STATIC, DType::E4m3, m, [40, 96], DType::Bf16, STATIC)
+        list.add("linear", format!("apart_from_swiglu_f40_{rows}"), move |rng| {
+            swiglu(rng, STATIC, DType::E4m3, [m, padding], [40, 96], DType::Bf16, STATIC)
         });
-        list.add("linear", format!("fp8_static_with_rope_dim24_m{m}"), move |rng| {
-            rope(rng, STATIC, DType::E4m3, m, Heads { q: 2, kv: 1, dim: 24 }, DType::Bf16, Cache::Bf16)
+        list.add("linear", format!("apart_from_rope_dim24_{rows}"), move |rng| {
+            rope(rng, STATIC, DType::E4m3, [m, padding], Heads { q: 2, kv: 1, dim: 24 }, DType::Bf16, Cache::Bf16)
         });
     }
 }
@@ -74,8 +71,16 @@ fn twice(b: &mut Builder, between: [Buf; 2], linear: impl Fn(Buf) -> Op, next: [
     between.into_iter().for_each(|buf| b.expect_same(Act::Real(buf), Act::Real(buf)));
 }
 
-fn swiglu(rng: &mut Rng, x: ActKind, w: DType, m: usize, [f, k]: [usize; 2], between: DType, out: ActKind) -> Problem {
-    let mut b = Builder::tight(m, 0, 0);
+fn swiglu(
+    rng: &mut Rng,
+    x: ActKind,
+    w: DType,
+    [m, padding]: [usize; 2],
+    [f, k]: [usize; 2],
+    between: DType,
+    out: ActKind,
+) -> Problem {
+    let mut b = Builder::padded(padding, m, 0, 0);
     let linear = linear(&mut b, rng, x, w, [m, 2 * f, k]);
     let between = ["folded", "apart"].map(|name| b.output(name, between, Axis::Rows, 2 * f));
     let outs = [0; 3].map(|_| b.act_out(out, Axis::Rows, f));
@@ -85,12 +90,20 @@ fn swiglu(rng: &mut Rng, x: ActKind, w: DType, m: usize, [f, k]: [usize; 2], bet
     b.finish()
 }
 
-fn rope(rng: &mut Rng, x: ActKind, w: DType, m: usize, heads: Heads, between: DType, cache: Cache) -> Problem {
+fn rope(
+    rng: &mut Rng,
+    x: ActKind,
+    w: DType,
+    [m, padding]: [usize; 2],
+    heads: Heads,
+    between: DType,
+    cache: Cache,
+) -> Problem {
     let spans: Vec<_> = (0..m).map(|row| (15 + 16 * row, 1)).collect();
     let batch = Batch::new(rng, &spans, 16, false);
     let Heads { q: q_heads, kv: kv_heads, dim } = heads;
     let width = (q_heads + 2 * kv_heads) * dim;
-    let mut b = batch.tight_builder();
+    let mut b = Builder::padded(padding, m, 0, m);
     let linear = linear(&mut b, rng, x, w, [m, width, 96]);
     let qkv = ["folded", "apart"].map(|name| b.output(name, between, Axis::Rows, width));
     let rope = b.constant_f32("rope", dim, &rope_table(batch.table_cols * batch.page_tokens, dim));
