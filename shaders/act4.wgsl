@@ -1,19 +1,20 @@
-// act4: four activations as out has them, the one rounding point of everything that writes such.
+// act4: four numbers as a dtype keeps them, the one rounding point of everything that writes activations or a cache.
 
-// Stores the four from column 4 group on of a row that begins with the word `first`; as codes times `inv`, the reciprocal
-// of their scale.
+// The 4 >> dtype words of four numbers, the first of the vector; as codes times `inv`, the reciprocal of their scale.
+fn words4(dtype: u32, v: vec4<f32>, inv: f32) -> vec4<u32> {
+  if (dtype == E4M3) {
+    return vec4<u32>(e4m3x4_encode(v * inv), 0u, 0u, 0u);
+  } else if (dtype == BF16) {
+    return vec4<u32>(bf16x2_encode(v.xy), bf16x2_encode(v.zw), 0u, 0u);
+  }
+  return bitcast<vec4<u32>>(v);
+}
+
+// Stores four activations from column 4 group on of a row that begins with the word `first`.
 fn store4(first: u32, group: u32, v: vec4<f32>, inv: f32) {
-  if (OUT == E4M3) {
-    out[first + group] = e4m3x4_encode(v * inv);
-  } else if (OUT == BF16) {
-    out[first + 2u * group] = bf16x2_encode(v.xy);
-    out[first + 2u * group + 1u] = bf16x2_encode(v.zw);
-  } else {
-    let at = first + 4u * group;
-    let words = bitcast<vec4<u32>>(v);
-    out[at] = words.x;
-    out[at + 1u] = words.y;
-    out[at + 2u] = words.z;
-    out[at + 3u] = words.w;
+  let words = words4(OUT, v, inv);
+  let count = 4u >> OUT;
+  for (var i = 0u; i < count; i++) {
+    out[first + count * group + i] = words[i];
   }
 }

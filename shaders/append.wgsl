@@ -15,35 +15,14 @@ override KV: u32;  // the dtype of the cache
 // Four elements of a head of k, or of v where that is KV_HEADS or more, from 4 g on, at a position and its page.
 fn append4(page: u32, at: u32, head: u32, g: u32, x: vec4<f32>) {
   let slot = kv_row(page, head % KV_HEADS, at) * row_words(KV, DIM);
-  if (head < KV_HEADS) {
-    store_k(slot, g, x);
-  } else {
-    store_v(slot, g, x);
-  }
-}
-
-fn store_k(slot: u32, g: u32, x: vec4<f32>) {
-  if (KV == E4M3) {
-    k[slot + g] = e4m3x4_encode(x * p.k_inv);
-  } else if (KV == BF16) {
-    k[slot + 2u * g] = bf16x2_encode(x.xy);
-    k[slot + 2u * g + 1u] = bf16x2_encode(x.zw);
-  } else {
-    for (var i = 0u; i < 4u; i++) {
-      k[slot + 4u * g + i] = bitcast<u32>(x[i]);
-    }
-  }
-}
-
-fn store_v(slot: u32, g: u32, x: vec4<f32>) {
-  if (KV == E4M3) {
-    v[slot + g] = e4m3x4_encode(x * p.v_inv);
-  } else if (KV == BF16) {
-    v[slot + 2u * g] = bf16x2_encode(x.xy);
-    v[slot + 2u * g + 1u] = bf16x2_encode(x.zw);
-  } else {
-    for (var i = 0u; i < 4u; i++) {
-      v[slot + 4u * g + i] = bitcast<u32>(x[i]);
+  let is_k = head < KV_HEADS;
+  let words = words4(KV, x, select(p.v_inv, p.k_inv, is_k));
+  let count = 4u >> KV;
+  for (var i = 0u; i < count; i++) {
+    if (is_k) {
+      k[slot + count * g + i] = words[i];
+    } else {
+      v[slot + count * g + i] = words[i];
     }
   }
 }

@@ -1,13 +1,8 @@
 // attend: softmax(q k^T / sqrt(DIM)) v of each row over one of `splits` parts of its context, causal, paged, grouped-query;
-// attend_merge puts the parts together, unless each context is one part (WHOLE), DIM a multiple of 16 and no scale a row's own.
+// attend_merge puts the parts together, unless there is one of each (WHOLE).
 // Reference: reference::attend
 // A tile is ROWS rows of one span. grid (tiles, kv heads, splits); a thread has one query head of one row, so that all
 // threads of a workgroup read the same keys and values. DIM is at most 256.
-
-override WHOLE: bool;
-override OUT: u32;  // a dtype
-
-@group(0) @binding(8) var<storage, read_write> out: array<u32>;  // [m, row_words(OUT, q heads DIM)] where WHOLE
 
 @compute @workgroup_size(WG)
 fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -96,8 +91,7 @@ fn attend(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   }
   if (WHOLE) {
     for (var d = 0u; d < DIM; d += 4u) {
-      let values = sums[d / 16u][d / 4u % 4u] * p.v_scale / norm;
-      store4(row * p.stride, (head * DIM + d) / 4u, values, p.inv);
+      store_whole(row, head, d, sums[d / 16u][d / 4u % 4u], norm);
     }
     return;
   }

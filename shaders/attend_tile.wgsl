@@ -6,7 +6,7 @@ struct Params {
   splits: u32,
   base: u32,  // the first tile of this dispatch
   begin: u32,  // its first kv head
-  // Where contexts are one part:
+  // Where WHOLE:
   v_scale: f32,
   inv: f32,  // the reciprocal of a static scale of out
   stride: u32,  // words a row of out
@@ -17,6 +17,8 @@ override DIM: u32;
 override GROUP: u32;  // query heads a kv head
 override IN: u32;  // the dtype of q
 override KV: u32;  // the dtype of the cache
+override WHOLE: bool;  // rows are written at once: contexts are one part, DIM a multiple of 16, no scale a row's own
+override OUT: u32;  // the dtype of what is written then
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> live: array<u32>;
@@ -26,6 +28,7 @@ override KV: u32;  // the dtype of the cache
 @group(0) @binding(5) var<storage, read> v: array<vec4<u32>>;  // as k
 @group(0) @binding(6) var<storage, read> page_table: array<u32>;  // [sequences, pages]
 @group(0) @binding(7) var<storage, read> spans: array<vec4<u32>>;  // first row, rows, seq, first position
+@group(0) @binding(8) var<storage, read_write> out: array<u32>;  // [m, row_words(OUT, q heads DIM)] where WHOLE
 
 // Positions whose scores are taken before their values are summed; parts are whole chunks.
 const CHUNK = 16u;
@@ -74,6 +77,11 @@ fn ends_section(first: u32, tile: Tile) -> bool {
 // Where a row's part of a head lies in parts.
 fn part_at(row: u32, head: u32, split: u32) -> u32 {
   return ((row * KV_HEADS * GROUP + head) * p.splits + split) * (DIM + 2u);
+}
+
+// Stores four elements of a row's head, from d on, of which these are the sums: where WHOLE.
+fn store_whole(row: u32, head: u32, d: u32, sums: vec4<f32>, norm: f32) {
+  store4(row * p.stride, (head * DIM + d) / 4u, sums * p.v_scale / norm, p.inv);
 }
 
 // 16 elements of a row of the cache.

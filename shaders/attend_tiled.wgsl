@@ -122,6 +122,10 @@ fn attend_tiled(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
     if (u >= units || i / GROUP >= behind) {
       continue;
     }
+    if (WHOLE) {
+      store_whole(row + i / GROUP, head + i % GROUP, d, sums[n], norms[n]);
+      continue;
+    }
     let at = part_at(row + i / GROUP, head + i % GROUP, workgroup.z);
     for (var e = 0u; e < min(DIM - min(d, DIM), 4u); e++) {
       parts[at + d + e] = sums[n][e];

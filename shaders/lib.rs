@@ -28,7 +28,7 @@ pub const SHADERS: &[Shader] = &[
     shader!("abs_max", "dtype", "reduce"),
     shader!("attend", "dtype", "e4m3", "blocks", "math", "paging", "attend_tile", "act4"),
     shader!("attend_merge", "dtype", "e4m3", "math", "reduce", "act", "act4"),
-    shader!("attend_tiled", "dtype", "e4m3", "blocks", "math", "paging", "attend_tile"),
+    shader!("attend_tiled", "dtype", "e4m3", "blocks", "math", "paging", "attend_tile", "act4"),
     shader!("copy_pages"),
     shader!("e4m3_codes", "e4m3"),
     shader!("embed", "dtype"),

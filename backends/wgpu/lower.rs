@@ -345,9 +345,9 @@ impl<'a> Lower<'a> {
         let splits = self.tuning.splits(&cut, dim as u32, tiles * kv_heads as u32, context);
         let parts = 4 * u64::from(m) * u64::from(splits) * (q_heads * (dim + 2)) as u64;
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
-        // A row's head that is one thread's can be written at once, in whole words, unless the row's scale is still to find.
+        // A row's head that is one workgroup's is written at once, in whole words, unless the row's scale is still to find.
         let (data, inv, row_scale) = destination(out);
-        let is_whole = cut.shader == "attend" && splits == 1 && dim % 16 == 0 && row_scale.is_none();
+        let is_whole = splits == 1 && dim % 16 == 0 && row_scale.is_none();
         let written = match is_whole {
             true => [Binding::Unwritten, Binding::Write(data, 0)],
             false => [Binding::WriteScratch(parts), Binding::Unwritten],
@@ -366,13 +366,8 @@ impl<'a> Lower<'a> {
             let attend = attend.params([&part[..], &whole].concat()).read(1, self.program.live);
             let attend = attend.bind(2, written[0]).read(3, q).read(4, kv.k).read(5, kv.v);
             let attend = attend.read(6, rows.page_table).read(7, rows.spans);
-            match cut.shader {
-                "attend" => {
-                    let attend = attend.constant("WHOLE", u32::from(is_whole)).constant("OUT", self.code(data));
-                    attend.bind(8, written[1])
-                }
-                _ => attend,
-            }
+            let attend = attend.constant("WHOLE", u32::from(is_whole)).constant("OUT", self.code(data));
+            attend.bind(8, written[1])
         };
         let mut kernels: Vec<_> = self.tuning.runs(kv_heads as u32, tiles, ops).into_iter().map(attend).collect();
         if !is_whole {

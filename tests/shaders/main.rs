@@ -183,7 +183,7 @@ fn what_can_be_folded_is_and_nothing_else() {
     for case in cases(DEFAULT_SEED) {
         let problem = case.problem();
         let descs: Vec<_> = problem.buffers.into_iter().map(|(desc, _)| desc).collect();
-        // Pairs of cases come twice, once with a reader more of what lies between.
+        // The two ops stand in these cases twice: alone, and with a further reader of what lies between.
         let folds = case.name.contains("_with_") && problem.program.rows <= 2 && case.op == "linear";
         assert_eq!(folded(&problem.program, &descs, &wide), usize::from(folds), "{}", case.name);
         assert_eq!(folded(&problem.program, &descs, &Tuning::PORTABLE), 0, "{}", case.name);

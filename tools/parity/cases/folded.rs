@@ -1,7 +1,7 @@
 //! A `Linear` and the op behind it, which backends may run as one where nothing else reads what lies between: with the
 //! bytes of the two on their own, on the same device.
 
-use quaver_core::op::{Act, Buf, Cols, DType, Heads, Op, Weight};
+use quaver_core::op::{Act, Buf, Cols, DType, Heads, Op};
 
 use super::List;
 use super::batch::{Batch, Cache};
@@ -48,7 +48,7 @@ fn real(dtype: DType) -> &'static str {
 fn linear(b: &mut Builder, rng: &mut Rng, x: ActKind, w: DType, [m, n, k]: [usize; 3]) -> impl Fn(Buf) -> Op + use<> {
     let (values, weights) = (rng.normals(m * k, 1.0), rng.normals(n * k, 0.05));
     let (x, _) = b.act_in(x, Axis::Rows, k, &values);
-    let (w, _): (Weight, _) = match w {
+    let (w, _) = match w {
         DType::E4m3 => {
             let codes = weights.iter().map(|w| quaver_core::e4m3::encode(w * 1000.0)).collect();
             let scales: Vec<f32> = (0..n).map(|_| 1e-3 * 2f32.powf(rng.between(-1.0, 1.0))).collect();
