@@ -56,7 +56,8 @@ pub const KERNELS: &[Kernel] = &[
     kernel!("sm80_peak", "peak_mma"; TARGETS),
     kernel!("sm89_linear_e4m3", "epilogue", "linear_mma"; &["sm_89", "sm_90a"]),
     kernel!("sm89_peak", "peak_mma"; &["sm_89", "sm_90a"]),
-    kernel!("sm90_linear_e4m3", "epilogue"; &["sm_90a"]),
+    kernel!("sm90_linear_bf16", "epilogue", "linear_wgmma"; &["sm_90a"]),
+    kernel!("sm90_linear_e4m3", "epilogue", "linear_wgmma"; &["sm_90a"]),
     kernel!("sm90_peak"; &["sm_90a"]),
     kernel!("swiglu", "math", "reduce", "act"; TARGETS),
 ];

@@ -80,14 +80,8 @@ DEVICE void linear_mma(u32 m, const u8* x, const u8* w, u32 n, u32 row_bytes, co
   // Of 16 x 8 sums a lane has columns 2 (lane % 4) and the next, of rows lane / 4 and 8 further on.
 #pragma unroll
   for (int i = 0; i < WM / 16; i++) {
-#pragma unroll
-    for (int j = 0; j < WN / 8; j++) {
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        u32 r = row + own_row + i * 16 + lane / 4 + c / 2 * 8, own = channel + own_channel + j * 8 + lane % 4 * 2 + c % 2;
-        if (r < m && own < n) finish(e, r, own, sums[i][j][c]);
-      }
-    }
+    u32 first = row + own_row + i * 16 + lane / 4, own = channel + own_channel + lane % 4 * 2;
+    finish_tile<WN / 8>(e, m, n, first, own, [&](u32 half, u32 j, u32 c) { return sums[i][j][2 * half + c]; });
   }
 }
 

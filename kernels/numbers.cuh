@@ -79,5 +79,14 @@ DEVICE void store1(void* to, u32 dtype, size_t at, float x) {
   }
 }
 
+// Two elements of f32 or bf16 from element `at`, a multiple of 2.
+DEVICE void store2(void* to, u32 dtype, size_t at, float low, float high) {
+  if (dtype == F32) {
+    *(float2*)((float*)to + at) = make_float2(low, high);
+  } else {
+    *(u32*)((u16*)to + at) = bf16x2_encode(low, high);
+  }
+}
+
 // Elements from one row to the next.
 DEVICE u32 padded(u32 cols) { return (cols + 15) / 16 * 16; }

@@ -95,6 +95,13 @@ DEVICE uint4 stream16(const void* p) {
   return v;
 }
 
+// What another block of the same kernel has written, before a fence.
+DEVICE float load_shared_by_blocks(const float* p) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+}
+
 // Copies 16 bytes to shared memory, zeros where `is_there` is false. In groups: see copy_commit, copy_wait.
 DEVICE void copy16_async(u32 to, const void* from, bool is_there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16 : 0) : "memory");
@@ -179,17 +186,26 @@ template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.
 
 #define EIGHT(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-// d[64, 128] (+)= a[64, 32] . b[128, 32]^T of a warpgroup; d is set, not added to, where `add` is false.
-DEVICE void wgmma_e4m3(float (&d)[64], u64 a, u64 b, bool add) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
-      " wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-      "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, "
-      "%35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, "
-      "%57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1;\n}"
-      : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)
-      : "l"(a), "l"(b), "r"((u32)add));
-}
+#define SUMS_32 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+  "%25, %26, %27, %28, %29, %30, %31}, %32, %33, p"
+#define SUMS_64 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+  "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p"
+// d[64, 2 SUMS] (+)= a[64, 32 bytes] . b[2 SUMS, 32 bytes]^T of a warpgroup; d is set, not added to, where `add` is false.
+#define WGMMA(name, SUMS, SHAPE, ADD, END, ...) \
+  DEVICE void name(float (&d)[SUMS], u64 a, u64 b, bool add) { \
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, " ADD ", 0;\n wgmma.mma_async.sync.aligned." SHAPE " " SUMS_##SUMS END \
+                 : __VA_ARGS__ \
+                 : "l"(a), "l"(b), "r"((u32)add)); \
+  }
+WGMMA(wgmma_e4m3, 32, "m64n64k32.f32.e4m3.e4m3", "%34", ", 1, 1;\n}", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24))
+WGMMA(wgmma_e4m3, 64, "m64n128k32.f32.e4m3.e4m3", "%66", ", 1, 1;\n}", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32),
+      EIGHT(40), EIGHT(48), EIGHT(56))
+WGMMA(wgmma_bf16, 32, "m64n64k16.f32.bf16.bf16", "%34", ", 1, 1, 0, 0;\n}", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24))
+WGMMA(wgmma_bf16, 64, "m64n128k16.f32.bf16.bf16", "%66", ", 1, 1, 0, 0;\n}", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24),
+      EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56))
 #endif
 #endif
 

@@ -12,6 +12,8 @@
 #define DEEP 4
 // Bytes of a channel that a warp reads at a time.
 #define STEP 64
+// The same of all warps in a turn.
+#define ROUND (WARPS * DEEP * STEP)
 
 struct Bf16 {
   static DEVICE_FUNCTION void add(float (&d)[4], const u32 (&low)[4], const u32 (&high)[4], const u32 (&x)[4]) {
@@ -43,22 +45,19 @@ DEVICE void gemv_mma(const u32* live, u32 axis, const u8* x, const u8* w, u32 n,
   SHARED(float, parts, WARPS * ROWS * CHANNELS);
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = blockIdx.x * CHANNELS, own = lane / 4;
   u32 at = warp * DEEP * STEP + lane % 4 * 16;
+  int left = (int)(row_bytes - at);
+  const u8 *low_from = w + (size_t)(channel + own) * row_bytes + at, *high_from = low_from + (size_t)8 * row_bytes;
+  const u8* x_from = x + (size_t)own * row_bytes + at;
+  bool is_low = channel + own < n, is_high = channel + own + 8 < n;
   u32 low[DEEP][4], high[DEEP][4];
-  auto fetch = [&](u32 from) {
-#pragma unroll
-    for (u32 i = 0; i < DEEP; i++) {
-      u32 byte = from + i * STEP;
-#pragma unroll
-      for (u32 half = 0; half < 2; half++) {
-        u32 c = channel + own + 8 * half;
-        bool is_there = c < n && byte < row_bytes;
-        uint4 v = is_there ? stream16(w + (size_t)c * row_bytes + byte) : make_uint4(0, 0, 0, 0);
-        take(half == 0 ? low[i] : high[i], v);
-      }
-    }
+  auto fetch = [&](u32 i, u32 on) {
+    bool is_there = (int)(i * STEP + on) < left;
+    take(low[i], is_low && is_there ? stream16(low_from + i * STEP + on) : make_uint4(0, 0, 0, 0));
+    take(high[i], is_high && is_there ? stream16(high_from + i * STEP + on) : make_uint4(0, 0, 0, 0));
   };
   // Weights and their scales are nobody's output: they are on their way before the kernel before is done.
-  fetch(at);
+#pragma unroll
+  for (u32 i = 0; i < DEEP; i++) fetch(i, 0);
   u32 row = threadIdx.x / CHANNELS, c = channel + threadIdx.x % CHANNELS;
   float w_scale = e.w_scales && c < n ? e.w_scales[c] : 1.0f;
   dependency_wait();
@@ -68,20 +67,20 @@ DEVICE void gemv_mma(const u32* live, u32 axis, const u8* x, const u8* w, u32 n,
   float residual = is_mine && e.add ? ((const float*)e.out)[(size_t)row * e.stride + e.first + c] : 0.0f;
 
   float sums[4] = {};
-  while (warp * DEEP * STEP < row_bytes) {
+  for (u32 first = warp * DEEP * STEP; first < row_bytes; first += ROUND) {
     float part[4] = {};
 #pragma unroll
     for (u32 i = 0; i < DEEP; i++) {
-      u32 byte = at + i * STEP, xs[4];
-      bool is_there = own < m && byte < row_bytes;
-      take(xs, is_there ? *(const uint4*)(x + (size_t)own * row_bytes + byte) : make_uint4(0, 0, 0, 0));
+      u32 xs[4];
+      bool is_there = own < m && (int)(i * STEP) < left;
+      take(xs, is_there ? *(const uint4*)(x_from + i * STEP) : make_uint4(0, 0, 0, 0));
       Product::add(part, low[i], high[i], xs);
+      // The place that a product has freed is filled anew at once.
+      fetch(i, ROUND);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) sums[i] += part[i];
-    at += WARPS * DEEP * STEP;
-    if (at - lane % 4 * 16 >= row_bytes) break;
-    fetch(at);
+    left -= ROUND, low_from += ROUND, high_from += ROUND, x_from += ROUND;
   }
   // Of 16 x 8 sums a lane has rows 2 (lane % 4) and the next, of channels lane / 4 and 8 further on.
 #pragma unroll

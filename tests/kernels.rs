@@ -65,6 +65,7 @@ fn products_are_the_tensor_cores_own_in_every_entry_point() {
         ("sm_89", "sm89_linear_e4m3", "QMMA"),
         ("sm_89", "sm89_peak", "QMMA"),
         ("sm_90a", "sm90_linear_e4m3", "QGMMA"),
+        ("sm_90a", "sm90_linear_bf16", "HGMMA"),
         ("sm_90a", "sm90_peak", "QGMMA"),
     ] {
         for (entry, count) in instructions(architecture, kernel, &[name]) {
@@ -214,7 +215,7 @@ fn every_kernel_that_decodes_knows_all_256_codes_with_and_without_instructions_f
 }
 
 /// A kernel, a case that runs it, and what is left out of it or put in its place.
-const PLANTED: [(&str, Variant, &str, &str, &str); 20] = [
+const PLANTED: [(&str, Variant, &str, &str, &str); 21] = [
     ("quantize", Variant::Sm80, "quantize::fp8_per_token_m17_k2048", "= x;\n  __syncthreads();", "= x;"),
     ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "at);\n    __syncthreads();", "at);"),
     ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "}\n    __syncthreads();", "}"),
@@ -231,6 +232,8 @@ const PLANTED: [(&str, Variant, &str, &str, &str); 20] = [
         "barrier_arrive_expecting(&full[slot], X)",
     ),
     ("sm90_linear_e4m3", Variant::Sm90, LONG, "wgmma_wait<0>();", ""),
+    // The block of a tile that adds up the parts comes before the last.
+    ("sm90_linear_e4m3", Variant::Sm90, SPLIT, "*before + 1 < count", "*before + 2 != count"),
     ("attend", Variant::Sm80, "attend::decode_m3_ctx129_gqa4", "__syncwarp();", ""),
     ("sm80_attend", Variant::Sm80, TILED, "CHUNK) {\n    __syncthreads();", "CHUNK) {"),
     ("sm80_attend", Variant::Sm80, TILED, "}\n    __syncthreads();\n    if (warp", "}\n    if (warp"),
@@ -253,7 +256,8 @@ const FEW: &str = "linear::fp8_static_x_fp8_add_m5_n7_k37";
 const TILED: &str = "attend::bf16_over_bf16_to_f32_mixed_gqa4";
 const SAMPLED: &str = "sample::everything_w17";
 const SHORT: &str = "linear::fp8_static_x_fp8_m17_n49_k256";
-const LONG: &str = "linear::fp8_static_m17_n48_k2048";
+const LONG: &str = "linear::all_positive_m70_n33_k8192";
+const SPLIT: &str = "linear::fp8_static_m17_n48_k2048";
 
 #[test]
 fn planted_races_are_caught() {

@@ -26,6 +26,8 @@ pub enum Arg {
     Buf(Buf),
     /// The address of so many bytes between two kernels of one op.
     Scratch(u64),
+    /// The address of so many words that are zero before and after each kernel.
+    Counters(u32),
     /// No address.
     Null,
     U32(u32),

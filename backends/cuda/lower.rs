@@ -13,6 +13,8 @@ const CHUNK: u32 = 32;
 const MOST_DIM: usize = 256;
 /// The same of a tile on tensor cores (`sm80_attend.cu`).
 const MMA_QUERIES: u32 = 64;
+/// Bytes of k that `linear_wgmma.cuh` takes at a time.
+const WGMMA_DEPTH: u32 = 128;
 /// What a part of a context leaves behind its sums (`paging.cuh`).
 const PART_TAIL: usize = 4;
 
@@ -175,7 +177,8 @@ impl Lower<'_> {
             ([DType::E4m3, DType::E4m3], _) if m <= GEMV_ROWS => self.gemv_mma("sm80_gemv_e4m3", operands),
             ([DType::Bf16, DType::Bf16], _) if m <= GEMV_ROWS => self.gemv_mma("sm80_gemv_bf16", operands),
             _ if m <= GEMV_ROWS => self.gemv(operands),
-            ([DType::E4m3, DType::E4m3], Variant::Sm90) => self.wgmma(operands),
+            ([DType::E4m3, DType::E4m3], Variant::Sm90) => self.wgmma("sm90_linear_e4m3", operands),
+            ([DType::Bf16, DType::Bf16], Variant::Sm90) => self.wgmma("sm90_linear_bf16", operands),
             ([DType::E4m3, DType::E4m3], Variant::Sm89) => self.mma("sm89_linear_e4m3", "sm89_linear_e4m3", operands),
             ([DType::E4m3, DType::E4m3], Variant::Sm80) => self.mma("sm80_linear", "sm80_linear_e4m3", operands),
             ([DType::Bf16, DType::Bf16], _) => self.mma("sm80_linear", "sm80_linear_bf16", operands),
@@ -193,14 +196,18 @@ impl Lower<'_> {
         Kernel { entry: format!("{entry}_{tile}"), shared: 4 * 2 * tile * 80, ..kernel }
     }
 
-    /// `wgmma`: E4M3 operands (`sm90_linear_e4m3.cu`).
-    fn wgmma(&self, Operands { x, w, m, n, k, epilogue }: Operands) -> Kernel {
-        let tile = if m <= 64 { 64 } else { 128 };
-        let (xs, ws) = (Arg::Boxes { buf: x, rows: tile }, Arg::Boxes { buf: w, rows: 128 });
-        let args = [Arg::Buf(self.program.live), self.axis(x), xs, ws, Arg::U32(n), Arg::U32(k)];
-        let grid = [n.div_ceil(128), m.div_ceil(tile), 1];
-        let kernel = Kernel::new("sm90_linear_e4m3", grid, 2 * tile + 128, [&args[..], &epilogue].concat());
-        Kernel { entry: format!("sm90_linear_e4m3_{tile}"), shared: 4 * 128 * (tile + 128), ..kernel }
+    /// `wgmma`: operands of one type (`linear_wgmma.cuh`).
+    fn wgmma(&self, file: &'static str, Operands { x, w, m, n, epilogue, .. }: Operands) -> Kernel {
+        let (tile, threads) = if m <= 64 { (64, 160) } else { (128, 384) };
+        let row_bytes = self.layout(w).stride as u32;
+        let [tiles_n, tiles_m] = [n, m].map(|size| size.div_ceil(tile));
+        let parts = self.tuning.depth_parts(tile, tiles_n * tiles_m, row_bytes.div_ceil(WGMMA_DEPTH));
+        let [xs, ws] = [x, w].map(|buf| Arg::Boxes { buf, rows: tile });
+        let (scratch, counters) = (Arg::Scratch(self.tuning.parts_bytes()), Arg::Counters(self.tuning.processors));
+        let (live, n, row_bytes) = (Arg::Buf(self.program.live), Arg::U32(n), Arg::U32(row_bytes));
+        let args = [live, self.axis(x), xs, ws, n, row_bytes, scratch, counters];
+        let kernel = Kernel::new(file, [tiles_n, tiles_m, parts], threads, [&args[..], &epilogue].concat());
+        Kernel { entry: format!("{file}_{tile}"), shared: 4 * WGMMA_DEPTH * 2 * tile, ..kernel }
     }
 
     /// Few rows of operands of one type, on tensor cores (`sm80_gemv.cu`).
@@ -358,7 +365,9 @@ mod tests {
             (Variant::Sm90, 5, Bf16, E4m3, "linear_gemv_bf16_e4m3_8"),
             (Variant::Sm90, 64, E4m3, E4m3, "sm90_linear_e4m3_64"),
             (Variant::Sm90, 512, E4m3, E4m3, "sm90_linear_e4m3_128"),
-            (Variant::Sm90, 64, Bf16, Bf16, "sm80_linear_bf16_64"),
+            (Variant::Sm90, 64, Bf16, Bf16, "sm90_linear_bf16_64"),
+            (Variant::Sm90, 512, Bf16, Bf16, "sm90_linear_bf16_128"),
+            (Variant::Sm89, 64, Bf16, Bf16, "sm80_linear_bf16_64"),
             (Variant::Sm89, 64, E4m3, E4m3, "sm89_linear_e4m3_64"),
             (Variant::Sm89, 512, E4m3, E4m3, "sm89_linear_e4m3_128"),
             (Variant::Sm80, 512, E4m3, E4m3, "sm80_linear_e4m3_128"),

@@ -44,6 +44,8 @@ pub struct Cuda {
     /// Between two kernels of one op, shared by the plans that it was large enough for; (address, bytes) of the last one,
     /// which is the largest.
     scratch: (u64, u64),
+    /// Words that blocks of one kernel count each other with, once there are any; zero between kernels.
+    counters: Option<u64>,
     plans: Vec<Recorded>,
 }
 
@@ -57,7 +59,7 @@ struct Recorded {
 
 impl Cuda {
     fn new(device: Box<dyn Device>, tuning: Tuning) -> Self {
-        Cuda { device, tuning, memory: Memory::default(), scratch: (0, 0), plans: Vec::new() }
+        Cuda { device, tuning, memory: Memory::default(), scratch: (0, 0), counters: None, plans: Vec::new() }
     }
 
     /// Opens a card of [`card::all`] with a variant of the kernels by its name, the best where None, and may use a share of
@@ -114,6 +116,7 @@ impl Cuda {
         Ok(Value::Word(match arg {
             Arg::Buf(buf) => self.memory.address(buf),
             Arg::Scratch(bytes) => self.scratch(bytes)?,
+            Arg::Counters(words) => self.counters(words)?,
             Arg::Null => 0,
             Arg::U32(word) => u64::from(word),
             Arg::F32(number) => u64::from(number.to_bits()),
@@ -124,6 +127,14 @@ impl Cuda {
                 return Ok(Value::Map(self.device.map(&matrix)?));
             }
         }))
+    }
+
+    /// As many counters as any kernel asks for: all ask for the same.
+    fn counters(&mut self, words: u32) -> Result<u64> {
+        if self.counters.is_none() {
+            self.counters = Some(self.device.alloc("counters", 4 * u64::from(words))?);
+        }
+        Ok(self.counters.unwrap_or_default())
     }
 
     /// Scratch of at least so many bytes.

@@ -10,7 +10,7 @@ pub enum Variant {
     Sm80,
     /// Ada and newer: `mma.sync` on E4M3.
     Sm89,
-    /// Hopper: `wgmma` on E4M3.
+    /// Hopper: `wgmma` on E4M3 and bf16.
     Sm90,
 }
 
@@ -68,5 +68,17 @@ impl Tuning {
     /// without: enough for two blocks a multiprocessor. A kernel takes fewer where the context in use is short (`paging.cuh`).
     pub fn splits(&self, blocks: u32, context: u32) -> u32 {
         (2 * self.processors / blocks.max(1)).min(context.div_ceil(64)).clamp(1, self.most_splits)
+    }
+
+    /// Parts that a product of so many tiles of `tile` rows and channels is cut into along k, which is `stages` deep: enough
+    /// blocks for every multiprocessor, of which each holds more than one small one, and none of fewer than four stages.
+    pub fn depth_parts(&self, tile: u32, tiles: u32, stages: u32) -> u32 {
+        let blocks = self.processors * if tile == 64 { 2 } else { 1 };
+        (blocks / tiles.max(1)).min(stages / 4).max(1)
+    }
+
+    /// Bytes of the sums of all parts of a product, at most: those of a tile of 128 rows and channels a multiprocessor.
+    pub fn parts_bytes(&self) -> u64 {
+        u64::from(self.processors) * 4 * 128 * 128
     }
 }

@@ -30,7 +30,7 @@ namespace {
 enum State { READY, AT_BLOCK, AT_WARP, AT_BARRIER, DONE };
 
 struct Copy { u32 to; const void* from; };
-struct Product { float* d; u64 a, b; bool add; };
+struct Product { float* d; u32 count; u64 a, b; bool add; Format format; };
 
 // Asynchronous work of one thread: what is not committed yet, and the groups in order.
 template <class T> struct Groups {
@@ -294,34 +294,39 @@ float tensor_sum(const double* addends, u32 count, int kept) {
   return (float)((double)(long long)(result * power(kept - own)) * power(own - kept));
 }
 
-// Element (row, k) of a matrix in shared memory, as its descriptor lays it out.
-float descriptor_value(u64 descriptor, u32 row, u32 k) {
+// The elements of 32 bytes of a row of a matrix in shared memory, as its descriptor lays it out; how many they are.
+u32 descriptor_row(u64 descriptor, u32 row, Format format, float* elements) {
   u32 start = (u32)(descriptor & 0x3fff) << 4, eight_rows = (u32)(descriptor >> 32 & 0x3fff) << 4;
-  return e4m3_value(*shared(swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k)));
+  u32 at = start + row / 8 * eight_rows + row % 8 * 128, size = format == E4M3_CODES ? 1 : 2;
+  for (u32 k = 0; k < 32 / size; k++) {
+    const u8* p = shared(swizzled(at + k * size));
+    elements[k] = format == E4M3_CODES ? e4m3_value(*p) : bf16_value(p[0] | (u32)p[1] << 8);
+  }
+  return 32 / size;
 }
 
 // This thread's rows of a product of a warpgroup: those of its warp, two of them.
 void multiply(const Product& product) {
-  u32 in_group = running->id % 128, warp = in_group / 32, lane = in_group % 32;
+  u32 in_group = running->id % 128, warp = in_group / 32, lane = in_group % 32, columns = product.count * 2;
   static float b[128][32];
   static u64 cached = ~0ull;
   static u32 cached_thread = 0;
   // The lanes of a warp come one after the other, and see the same memory.
   if (cached != product.b || cached_thread / 32 != running->id / 32 || cached_thread >= running->id) {
-    for (u32 n = 0; n < 128; n++) for (u32 k = 0; k < 32; k++) b[n][k] = descriptor_value(product.b, n, k);
+    for (u32 n = 0; n < columns; n++) descriptor_row(product.b, n, product.format, b[n]);
   }
   cached = product.b, cached_thread = running->id;
   for (u32 half = 0; half < 2; half++) {
     float a[32];
-    for (u32 k = 0; k < 32; k++) a[k] = descriptor_value(product.a, 16 * warp + lane / 4 + 8 * half, k);
-    for (u32 j = 0; j < 16; j++) {
+    u32 depth = descriptor_row(product.a, 16 * warp + lane / 4 + 8 * half, product.format, a);
+    for (u32 j = 0; j < columns / 8; j++) {
       for (u32 i = 0; i < 2; i++) {
         const float* column = b[8 * j + lane % 4 * 2 + i];
         float& d = product.d[4 * j + 2 * half + i];
         double addends[33];
-        for (u32 k = 0; k < 32; k++) addends[k] = (double)a[k] * column[k];
-        addends[32] = product.add ? d : 0.0;
-        d = tensor_sum(addends, 33, E4M3_BITS);
+        for (u32 k = 0; k < depth; k++) addends[k] = (double)a[k] * column[k];
+        addends[depth] = product.add ? d : 0.0;
+        d = tensor_sum(addends, depth + 1, product.format == E4M3_CODES ? E4M3_BITS : PAIRS_BITS);
       }
     }
   }
@@ -476,8 +481,8 @@ void copy_box(u32 to, const Map* map, u64* barrier, u32 x, u32 y) {
   boxes.push_back({to, *map, barrier, x, y});
 }
 
-void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
-  Product product = {d, a, b, add};
+void wgmma(float* d, u32 count, u64 a, u64 b, bool add, Format format) {
+  Product product = {d, count, a, b, add, format};
   if (is_lazy) running->products.open.push_back(product);
   else multiply(product);
 }

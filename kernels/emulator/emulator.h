@@ -19,6 +19,7 @@ typedef uint32_t u32;
 typedef unsigned long long u64;
 
 struct alignas(8) uint2 { u32 x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 
@@ -64,7 +65,8 @@ void barrier_arrive(u64* barrier, u32 bytes);
 void barrier_wait(u64* barrier, u32 parity);
 void copy_box(u32 to, const Map* map, u64* barrier, u32 x, u32 y);
 
-void wgmma(float (&d)[64], u64 a, u64 b, bool add);
+// Of `count` sums a thread.
+void wgmma(float* d, u32 count, u64 a, u64 b, bool add, Format format);
 void commit_wgmma();
 void wait_wgmma(int most);
 
@@ -111,11 +113,13 @@ using std::min;
 
 DEVICE uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 DEVICE uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+DEVICE float2 make_float2(float x, float y) { return {x, y}; }
 DEVICE float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 DEVICE float __uint_as_float(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 DEVICE u32 __float_as_uint(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
 
 DEVICE void __syncthreads() { emulator::block_barrier(); }
+DEVICE void __threadfence() {}
 DEVICE void __syncwarp() { emulator::warp_barrier(); }
 template <class T> DEVICE T __shfl_sync(u32, T x, u32 lane) {
   u64 word = 0;
@@ -162,6 +166,7 @@ DEVICE u32 bf16x2_multiply(u32 a, u32 b) {
   return bf16x2_encode(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                        __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u));
 }
+DEVICE float load_shared_by_blocks(const float* p) { return *p; }
 DEVICE uint4 stream16(const void* p) { return *(const uint4*)p; }
 
 DEVICE void copy16_async(u32 to, const void* from, bool is_there) { emulator::copy16(to, from, is_there); }
@@ -186,4 +191,9 @@ template <int N> DEVICE void registers_take() {}
 DEVICE void wgmma_begin() {}
 DEVICE void wgmma_commit() { emulator::commit_wgmma(); }
 template <int N> DEVICE void wgmma_wait() { emulator::wait_wgmma(N); }
-DEVICE void wgmma_e4m3(float (&d)[64], u64 a, u64 b, bool add) { emulator::wgmma(d, a, b, add); }
+template <int N> DEVICE void wgmma_e4m3(float (&d)[N], u64 a, u64 b, bool add) {
+  emulator::wgmma(d, N, a, b, add, emulator::E4M3_CODES);
+}
+template <int N> DEVICE void wgmma_bf16(float (&d)[N], u64 a, u64 b, bool add) {
+  emulator::wgmma(d, N, a, b, add, emulator::BF16_PAIRS);
+}

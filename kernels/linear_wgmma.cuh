@@ -1,0 +1,109 @@
+// linear_wgmma: out[m, first + n] (+)= x[m, k] . w[n, k]^T on the tensor cores of warpgroups. The includer says what
+// PRODUCT a warpgroup takes of 64 rows and CHANNELS channels of 32 bytes each.
+//
+// A block has ROWS rows x CHANNELS channels: one warp brings DEPTH bytes of each at a time, STAGES of them under way; a
+// warpgroup for each 64 rows multiplies. Tensor cores sum with fewer bits than f32 has, so that each stage's sums are added to
+// f32 ones (DeepGEMM, "two-level accumulation"). Few tiles are cut along k as well, gridDim.z parts of each: the block of a
+// tile that comes last adds them up, in their order. grid (n / CHANNELS, m / ROWS, parts); shared memory: STAGES x (ROWS +
+// CHANNELS) x DEPTH.
+
+#define DEPTH 128
+#define STAGES 4
+// Tiles of rows that are worked on side by side, so that what they read is still in the cache: blocks come in the order of
+// their numbers.
+#define BAND 16
+
+// Threads of a block: of 64 rows, a warp beside the warpgroup; of more, a warpgroup, as registers are given by such.
+#define WGMMA_THREADS(ROWS) (ROWS == 64 ? 160 : ROWS * 2 + 128)
+
+// The sums of a tile's parts, of which this thread has `sums`; true in the block that comes last, which then has them all.
+// parts: [tiles, parts, sums, threads] f32; counters: [tiles], zero before and after. All threads but the copying warp's call.
+template <u32 THREADS, int SUMS>
+DEVICE bool add_parts(float* parts, u32* counters, u32 tile, float (&sums)[SUMS]) {
+  SHARED(u32, before, 1);
+  u32 thread = threadIdx.x, own = blockIdx.z, count = gridDim.z;
+  float* of_tile = parts + (size_t)tile * count * SUMS * THREADS + thread;
+#pragma unroll
+  for (u32 i = 0; i < SUMS; i++) of_tile[(own * SUMS + i) * THREADS] = sums[i];
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) *before = atomicAdd(&counters[tile], 1u);
+  __syncthreads();
+  if (*before + 1 < count) return false;
+  __threadfence();
+  if (thread == 0) counters[tile] = 0;
+#pragma unroll
+  for (u32 i = 0; i < SUMS; i++) sums[i] = 0.0f;
+  for (u32 part = 0; part < count; part++) {
+#pragma unroll
+    for (u32 i = 0; i < SUMS; i++) sums[i] += load_shared_by_blocks(of_tile + (part * SUMS + i) * THREADS);
+  }
+  return true;
+}
+
+template <class Product, int ROWS, int CHANNELS>
+DEVICE void linear_wgmma(u32 m, const TensorMap& x, const TensorMap& w, u32 n, u32 row_bytes, float* parts, u32* counters,
+                         const Epilogue& e) {
+  LAUNCH_SHARED(shared);
+  SHARED(u64, full, STAGES);
+  SHARED(u64, empty, STAGES);
+  const u32 GROUPS = ROWS / 64, X = ROWS * DEPTH, W = CHANNELS * DEPTH, SUMS = CHANNELS / 2;
+  u32 tile = blockIdx.y * gridDim.x + blockIdx.x, in_band = tile % (BAND * gridDim.x), band = tile - in_band;
+  u32 band_rows = min(gridDim.y - band / gridDim.x, (u32)BAND);
+  u32 row = (band / gridDim.x + in_band % band_rows) * ROWS, channel = in_band / band_rows * CHANNELS;
+  if (row >= m) return;
+  u32 base = shared_address(shared), group = threadIdx.x / 128, stages = (row_bytes + DEPTH - 1) / DEPTH;
+  u32 first = stages * blockIdx.z / gridDim.z, count = stages * (blockIdx.z + 1) / gridDim.z - first;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(&full[s], 1);
+      barrier_init(&empty[s], GROUPS * 4);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  if (group == GROUPS) {
+    if (GROUPS > 1) registers_give<40>();
+    if (threadIdx.x % 128 == 0) {
+      for (u32 s = 0; s < count; s++) {
+        u32 slot = s % STAGES, to = base + slot * (X + W);
+        barrier_wait(&empty[slot], s / STAGES % 2 ^ 1);
+        barrier_arrive_expecting(&full[slot], X + W);
+        copy_box_async(to, &x, &full[slot], (first + s) * DEPTH, row);
+        copy_box_async(to + X, &w, &full[slot], (first + s) * DEPTH, channel);
+      }
+    }
+    return;
+  }
+  if (GROUPS > 1) registers_take<232>();
+  float sums[SUMS] = {}, part[SUMS];
+  for (u32 s = 0; s < count; s++) {
+    u32 slot = s % STAGES, from = base + slot * (X + W);
+    barrier_wait(&full[slot], s / STAGES % 2);
+    u64 xs = matrix_descriptor(from + group * 64 * DEPTH), ws = matrix_descriptor(from + X);
+    wgmma_begin();
+#pragma unroll
+    for (u32 i = 0; i < DEPTH / 32; i++) Product::add(part, xs + 2 * i, ws + 2 * i, i > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&empty[slot]);
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sums[i] += part[i];
+  }
+  if (gridDim.z > 1 && !add_parts<GROUPS * 128>(parts, counters, tile, sums)) return;
+  // Of a warp's 16 rows a lane has columns 2 (lane % 4) and the next of each eight, of rows lane / 4 and 8 further on.
+  u32 lane = threadIdx.x % 32, own_row = row + group * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+  finish_tile<CHANNELS / 8>(e, m, n, own_row, channel + lane % 4 * 2, [&](u32 half, u32 j, u32 i) {
+    return sums[4 * j + 2 * half + i];
+  });
+}
+
+#define LINEAR_WGMMA(name, Product, ROWS, CHANNELS, BLOCKS) \
+  KERNEL(WGMMA_THREADS(ROWS), BLOCKS) name(const u32* live, u32 axis, TENSOR_MAP(x), TENSOR_MAP(w), u32 n, u32 row_bytes, \
+                                          float* parts, u32* counters, void* out, u32 out_type, u32 stride, u32 first, \
+                                          u32 add, float x_scale, const float* x_scales, const float* w_scales) { \
+    dependency_wait(); \
+    linear_wgmma<Product, ROWS, CHANNELS>(live[axis], x, w, n, row_bytes, parts, counters, \
+                                          {out, out_type, stride, first, add, x_scale, x_scales, w_scales}); \
+  } \
+  ENTRY(name)
