@@ -14,8 +14,8 @@ DEVICE float token_scale(float amax) {
   return scale < 1.17549435e-38f ? 1.1920929e-7f : scale;
 }
 
-// Stores a row whose four numbers from column 4 g on are value4(g), which may be called twice. All threads of the block
-// call. `scratch` has 32 elements of shared memory.
+// Stores a row whose four numbers from column 4 g on are value4(g), which may be called twice. All threads of the row's
+// blocks call, gridDim.y of them: one, where the row has a scale of its own. `scratch` has 32 elements of shared memory.
 template <class F> DEVICE void store_act(const Act& out, u32 row, float* scratch, F value4) {
   u32 groups = (out.cols + 3) / 4;
   auto columns = [&](u32 g) {
@@ -36,7 +36,7 @@ template <class F> DEVICE void store_act(const Act& out, u32 row, float* scratch
     if (threadIdx.x == 0) out.scale[row] = scale;
     inv = 1.0f / scale;
   }
-  for (u32 g = threadIdx.x; g < groups; g += blockDim.x) {
+  for (u32 g = blockIdx.y * blockDim.x + threadIdx.x; g < groups; g += gridDim.y * blockDim.x) {
     Four v = columns(g);
     if (out.dtype == E4M3) {
 #pragma unroll

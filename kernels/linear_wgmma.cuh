@@ -17,14 +17,18 @@
 #define WGMMA_THREADS(ROWS) (ROWS == 64 ? 160 : ROWS * 2 + 128)
 
 // The sums of a tile's parts, of which this thread has `sums`; true in the block that comes last, which then has them all.
-// parts: [tiles, parts, sums, threads] f32; counters: [tiles], zero before and after. All threads but the copying warp's call.
-template <u32 THREADS, int SUMS>
+// parts: [tiles, parts, sums / 4, threads, 4] f32; counters: [tiles], zero before and after. All threads but those that copy
+// call.
+template <u32 THREADS, u32 SUMS>
 DEVICE bool add_parts(float* parts, u32* counters, u32 tile, float (&sums)[SUMS]) {
   SHARED(u32, before, 1);
-  u32 thread = threadIdx.x, own = blockIdx.z, count = gridDim.z;
-  float* of_tile = parts + (size_t)tile * count * SUMS * THREADS + thread;
+  const u32 VECTORS = SUMS / 4 * THREADS;
+  u32 thread = threadIdx.x, count = gridDim.z;
+  float4* of_tile = (float4*)parts + (size_t)tile * count * VECTORS + thread;
 #pragma unroll
-  for (u32 i = 0; i < SUMS; i++) of_tile[(own * SUMS + i) * THREADS] = sums[i];
+  for (u32 i = 0; i < SUMS; i += 4) {
+    of_tile[blockIdx.z * VECTORS + i / 4 * THREADS] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+  }
   __threadfence();
   __syncthreads();
   if (thread == 0) *before = atomicAdd(&counters[tile], 1u);
@@ -34,9 +38,13 @@ DEVICE bool add_parts(float* parts, u32* counters, u32 tile, float (&sums)[SUMS]
   if (thread == 0) counters[tile] = 0;
 #pragma unroll
   for (u32 i = 0; i < SUMS; i++) sums[i] = 0.0f;
+#pragma unroll 2
   for (u32 part = 0; part < count; part++) {
 #pragma unroll
-    for (u32 i = 0; i < SUMS; i++) sums[i] += load_shared_by_blocks(of_tile + (part * SUMS + i) * THREADS);
+    for (u32 i = 0; i < SUMS; i += 4) {
+      float4 own = load_shared_by_blocks(of_tile + part * VECTORS + i / 4 * THREADS);
+      sums[i] += own.x, sums[i + 1] += own.y, sums[i + 2] += own.z, sums[i + 3] += own.w;
+    }
   }
   return true;
 }
@@ -76,8 +84,9 @@ DEVICE void linear_wgmma(u32 m, const TensorMap& x, const TensorMap& w, u32 n, u
     return;
   }
   if (GROUPS > 1) registers_take<232>();
-  float sums[SUMS] = {}, part[SUMS];
-  for (u32 s = 0; s < count; s++) {
+  // A stage's sums are added while the products of the next one run.
+  float sums[SUMS] = {}, even[SUMS], odd[SUMS];
+  auto multiply = [&](u32 s, float (&part)[SUMS]) {
     u32 slot = s % STAGES, from = base + slot * (X + W);
     barrier_wait(&full[slot], s / STAGES % 2);
     u64 xs = matrix_descriptor(from + group * 64 * DEPTH), ws = matrix_descriptor(from + X);
@@ -85,10 +94,31 @@ DEVICE void linear_wgmma(u32 m, const TensorMap& x, const TensorMap& w, u32 n, u
 #pragma unroll
     for (u32 i = 0; i < DEPTH / 32; i++) Product::add(part, xs + 2 * i, ws + 2 * i, i > 0);
     wgmma_commit();
-    wgmma_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&empty[slot]);
+  };
+  auto take = [&](u32 s, const float (&part)[SUMS]) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(&empty[s % STAGES]);
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) sums[i] += part[i];
+    for (u32 i = 0; i < SUMS; i++) sums[i] += part[i];
+  };
+  multiply(0, even);
+  u32 s = 0;
+  for (; s + 2 < count; s += 2) {
+    multiply(s + 1, odd);
+    wgmma_wait<1>();
+    take(s, even);
+    multiply(s + 2, even);
+    wgmma_wait<1>();
+    take(s + 1, odd);
+  }
+  if (s + 1 < count) {
+    multiply(s + 1, odd);
+    wgmma_wait<1>();
+    take(s, even);
+    wgmma_wait<0>();
+    take(s + 1, odd);
+  } else {
+    wgmma_wait<0>();
+    take(s, even);
   }
   if (gridDim.z > 1 && !add_parts<GROUPS * 128>(parts, counters, tile, sums)) return;
   // Of a warp's 16 rows a lane has columns 2 (lane % 4) and the next of each eight, of rows lane / 4 and 8 further on.

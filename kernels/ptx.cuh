@@ -96,10 +96,10 @@ DEVICE uint4 stream16(const void* p) {
 }
 
 // What another block of the same kernel has written, before a fence.
-DEVICE float load_shared_by_blocks(const float* p) {
-  float x;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
-  return x;
+DEVICE float4 load_shared_by_blocks(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
 }
 
 // Copies 16 bytes to shared memory, zeros where `is_there` is false. In groups: see copy_commit, copy_wait.

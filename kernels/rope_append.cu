@@ -1,6 +1,6 @@
 // rope_append: rotates q and k of qkv[m, (q_heads + 2 kv_heads) dim] by their positions, halves of a head against each
 // other; writes q[m, q_heads dim], appends k and v to their pages. Reference: reference::rope_append
-// grid (m), a block a row; a thread writes four elements of a head.
+// grid (m, blocks a row); a thread writes four elements of a head.
 
 KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, const float* rope, const u32* seq,
                            const u32* position, const u32* page_table, u32 pages, void* q, void* k, void* v, u32 cache,
@@ -12,7 +12,8 @@ KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, const float
   u32 page = page_table[(size_t)seq[row] * pages + at / page_tokens];
   size_t from = (size_t)row * padded((q_heads + 2 * kv_heads) * dim);
   const float* angle = rope + (size_t)at * padded(dim);
-  for (u32 task = threadIdx.x; task < (q_heads + 2 * kv_heads) * groups; task += blockDim.x) {
+  for (u32 task = blockIdx.y * blockDim.x + threadIdx.x; task < (q_heads + 2 * kv_heads) * groups;
+       task += gridDim.y * blockDim.x) {
     u32 head = task / groups, first = task % groups * 4;
     bool is_rotated = head < q_heads + kv_heads;
     Four y;

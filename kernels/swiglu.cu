@@ -1,5 +1,5 @@
 // swiglu: out[m, cols] = silu(gate) * up of gate_up[m, 2 cols]. Reference: reference::swiglu
-// grid (m), a block a row.
+// grid (m, blocks a row): see act.cuh.
 
 KERNEL(256, 1) swiglu(const u32* live, u32 axis, void* out, float* scale, float inv, u32 dtype, u32 cols,
                       const void* gate_up, u32 in) {

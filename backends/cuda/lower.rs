@@ -78,7 +78,11 @@ impl Lower<'_> {
             Op::RopeAppend { qkv, rope, rows, heads, q, kv } => vec![self.rope_append(qkv, rope, rows, heads, q, kv)],
             Op::Attend { q, rows, heads, kv, out } => self.attend(q, rows, heads, kv, out)?,
             Op::SwiGlu { gate_up, out } => {
-                vec![self.rows_kernel("swiglu", gate_up, out, &[Arg::Buf(gate_up), self.code(gate_up)])]
+                let kernel = self.rows_kernel("swiglu", gate_up, out, &[Arg::Buf(gate_up), self.code(gate_up)]);
+                // A row's own scale is known to one block.
+                let is_whole = matches!(out, Act::Fp8 { scale: Scale::PerToken(_), .. });
+                let blocks = if is_whole { 1 } else { self.row_blocks(self.cols(out.bufs()[0])) };
+                vec![Kernel { grid: [kernel.grid[0], blocks, 1], ..kernel }]
             }
             Op::Gather { x, wanted, out } => {
                 let args = [live, Arg::Buf(wanted), Arg::Buf(x), Arg::Buf(out), self.columns(out)];
@@ -147,6 +151,11 @@ impl Lower<'_> {
         let live = Arg::Buf(self.program.live);
         let act = [live, self.axis(x), Arg::Buf(data), scale, Arg::F32(inv), self.code(data), self.columns(data)];
         Kernel::new(file, [self.rows(data), 1, 1], 256, [&act[..], args].concat())
+    }
+
+    /// Blocks of 256 threads that a row of so many columns is spread over, four columns a thread: few rows leave a card idle.
+    fn row_blocks(&self, cols: u32) -> u32 {
+        cols.div_ceil(4 * 256)
     }
 
     fn linear(&self, x: Act, w: Weight, out: Cols, add: bool) -> Kernel {
@@ -263,7 +272,8 @@ impl Lower<'_> {
             k_inv,
             v_inv,
         ];
-        Kernel::new("rope_append", [self.rows(q), 1, 1], 256, args)
+        let blocks = self.row_blocks(((heads.q + 2 * heads.kv) * heads.dim.next_multiple_of(4)) as u32);
+        Kernel::new("rope_append", [self.rows(q), blocks, 1], 256, args)
     }
 
     fn attend(&self, q: Buf, rows: Rows, heads: Heads, kv: Kv, out: Act) -> Result<Vec<Kernel>, String> {

@@ -71,10 +71,11 @@ impl Tuning {
     }
 
     /// Parts that a product of so many tiles of `tile` rows and channels is cut into along k, which is `stages` deep: enough
-    /// blocks for every multiprocessor, of which each holds more than one small one, and none of fewer than four stages.
+    /// blocks for every multiprocessor, of which each holds more than one small one. To add a part up takes as long as about
+    /// ten stages, so that none has fewer than 16.
     pub fn depth_parts(&self, tile: u32, tiles: u32, stages: u32) -> u32 {
         let blocks = self.processors * if tile == 64 { 2 } else { 1 };
-        (blocks / tiles.max(1)).min(stages / 4).max(1)
+        (blocks / tiles.max(1)).min(stages / 16).max(1)
     }
 
     /// Bytes of the sums of all parts of a product, at most: those of a tile of 128 rows and channels a multiprocessor.

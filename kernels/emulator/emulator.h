@@ -166,7 +166,7 @@ DEVICE u32 bf16x2_multiply(u32 a, u32 b) {
   return bf16x2_encode(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                        __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u));
 }
-DEVICE float load_shared_by_blocks(const float* p) { return *p; }
+DEVICE float4 load_shared_by_blocks(const float4* p) { return *p; }
 DEVICE uint4 stream16(const void* p) { return *(const uint4*)p; }
 
 DEVICE void copy16_async(u32 to, const void* from, bool is_there) { emulator::copy16(to, from, is_there); }
