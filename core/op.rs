@@ -485,12 +485,12 @@ pub struct DeviceInfo {
 /// added to f32 sums every 128 products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorCores {
-    /// A [`Op::Linear`] of fewer rows runs without them, as does one of f32 or of mixed types.
-    pub least_rows: usize,
-    /// These bits, of E4M3 products.
-    pub e4m3_bits: u32,
-    /// Of bf16 products.
+    /// Bits that they keep of bf16 products; a [`Op::Linear`] of f32 or of mixed types runs without them.
     pub bf16_bits: u32,
+    /// Of E4M3 products, where a [`Op::Linear`] has at least `e4m3_rows` rows; of fewer as many as of bf16 ones.
+    pub e4m3_bits: u32,
+    /// See `e4m3_bits`.
+    pub e4m3_rows: usize,
 }
 
 /// A device that runs programs. Runs, writes and copies happen in the order of the calls; only [`Backend::take`] waits.

@@ -24,6 +24,10 @@ const LAYER: f64 = 1e-5;
 /// of all models, since what a projection loses (`tensor_core_bound`) turns codes behind it. Weight-only arithmetic is off by
 /// as much in some layers: there it is the projections that tell it.
 const LAYER_NATIVE: f64 = 2e-2;
+/// rms of the difference of logits there, and a lead that was not turned: on an H100 logits were off by 0.43 at the most, and a
+/// lead of 0.31 was turned (2026-11-26; its kernels of Ada and Hopper, of five models).
+const LOGITS_NATIVE: f64 = 0.6;
+const CLEAR_GAP_NATIVE: f32 = 0.4;
 /// rms of the difference of last-position logits: FP8 ties flip, and the flips cascade.
 const LOGITS: f64 = 0.25;
 /// The same without FP8.
@@ -131,10 +135,14 @@ fn hidden_prompts() -> impl Iterator<Item = (String, Vec<u32>)> {
     goldens::prompts().into_iter().filter(move |p| names.contains(&p.name.as_str())).map(|p| (p.name, p.ids))
 }
 
+/// True where FP8 tensor cores sum with fewer bits than f32 has.
+fn is_native(device: &DeviceInfo, model: &str) -> bool {
+    device.tensor_cores.is_some_and(|cores| cores.e4m3_bits < 24) && model != "tiny-llama"
+}
+
 /// The bound of a layer on a device.
 fn layer_bound(device: &DeviceInfo, model: &str) -> f64 {
-    let is_native = device.tensor_cores.is_some_and(|cores| cores.e4m3_bits < 24);
-    if is_native && model != "tiny-llama" { LAYER_NATIVE } else { LAYER }
+    if is_native(device, model) { LAYER_NATIVE } else { LAYER }
 }
 
 /// Each projection of layer 0 from its golden input.
@@ -243,7 +251,11 @@ fn linear(
 fn logits(spec: &Spec, model: &str) -> Result<(), Failed> {
     let goldens = Tensors::open("logits.safetensors");
     let mut runner = Runner::new(&checkpoints::open(model), spec, Profile::Exact, 2048);
-    let bound = if model == "tiny-llama" { LOGITS_BF16 } else { LOGITS };
+    let bound = match model {
+        "tiny-llama" => LOGITS_BF16,
+        _ if is_native(&runner.backend.describe(), model) => LOGITS_NATIVE,
+        _ => LOGITS,
+    };
     for prompt in goldens::prompts() {
         let got = runner.logits(&prompt.ids, 1);
         let error = rms(&got, &goldens.f32(&format!("{model}/emu_f32/{}", prompt.name)));
@@ -256,6 +268,8 @@ fn logits(spec: &Spec, model: &str) -> Result<(), Failed> {
 fn teacher_forced(spec: &Spec, model: &str) -> Result<(), Failed> {
     let goldens = goldens::goldens();
     let mut engine = engine(&checkpoints::open(model), spec, Profile::Exact);
+    // And how many of ten steps have such a lead.
+    let (clear_gap, most) = if is_native(&engine.device(), model) { (CLEAR_GAP_NATIVE, 6) } else { (CLEAR_GAP, 8) };
     let (mut steps, mut clear) = (0, 0);
 
     for prompt in goldens::prompts() {
@@ -264,7 +278,7 @@ fn teacher_forced(spec: &Spec, model: &str) -> Result<(), Failed> {
         let scores = score(&mut engine, &ids, 1);
         let best = scores[prompt.ids.len() - 1..].iter().map(|score| score.top[0].0);
         for (step, ((best, golden_id), gap)) in best.zip(&golden.ids).zip(&golden.gap).enumerate() {
-            let verdict = *gap >= CLEAR_GAP;
+            let verdict = *gap >= clear_gap;
             let turned = TURNED_BY_HUGGING_FACE.contains(&(model, &prompt.name, step, best));
             ensure(
                 !verdict || best == *golden_id || turned,
@@ -273,7 +287,7 @@ fn teacher_forced(spec: &Spec, model: &str) -> Result<(), Failed> {
             (steps, clear) = (steps + 1, clear + usize::from(verdict));
         }
     }
-    ensure(clear * 10 > steps * 8, format!("only {clear} of {steps} steps allow a verdict"))
+    ensure(clear * 10 > steps * most, format!("only {clear} of {steps} steps allow a verdict"))
 }
 
 fn engine(checkpoint: &Checkpoint, spec: &Spec, profile: Profile) -> Engine {

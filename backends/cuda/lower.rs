@@ -207,7 +207,8 @@ impl Lower<'_> {
 
     /// `wgmma`: operands of one type (`linear_wgmma.cuh`).
     fn wgmma(&self, file: &'static str, Operands { x, w, m, n, epilogue, .. }: Operands) -> Kernel {
-        let (tile, threads) = if m <= 64 { (64, 160) } else { (128, 384) };
+        let tile = self.tuning.wgmma_tile(m, n);
+        let threads = if tile == 64 { 160 } else { 384 };
         let row_bytes = self.layout(w).stride as u32;
         let [tiles_n, tiles_m] = [n, m].map(|size| size.div_ceil(tile));
         let parts = self.tuning.depth_parts(tile, tiles_n * tiles_m, row_bytes.div_ceil(WGMMA_DEPTH));
@@ -374,9 +375,10 @@ mod tests {
             (Variant::Sm90, 5, Bf16, Bf16, "sm80_gemv_bf16"),
             (Variant::Sm90, 5, Bf16, E4m3, "linear_gemv_bf16_e4m3_8"),
             (Variant::Sm90, 64, E4m3, E4m3, "sm90_linear_e4m3_64"),
-            (Variant::Sm90, 512, E4m3, E4m3, "sm90_linear_e4m3_128"),
+            (Variant::Sm90, 512, E4m3, E4m3, "sm90_linear_e4m3_64"),
+            (Variant::Sm90, 8192, E4m3, E4m3, "sm90_linear_e4m3_128"),
             (Variant::Sm90, 64, Bf16, Bf16, "sm90_linear_bf16_64"),
-            (Variant::Sm90, 512, Bf16, Bf16, "sm90_linear_bf16_128"),
+            (Variant::Sm90, 8192, Bf16, Bf16, "sm90_linear_bf16_128"),
             (Variant::Sm89, 64, Bf16, Bf16, "sm80_linear_bf16_64"),
             (Variant::Sm89, 64, E4m3, E4m3, "sm89_linear_e4m3_64"),
             (Variant::Sm89, 512, E4m3, E4m3, "sm89_linear_e4m3_128"),

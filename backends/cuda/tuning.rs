@@ -34,7 +34,7 @@ impl Variant {
             Variant::Sm80 => 24,
             Variant::Sm89 | Variant::Sm90 => 13,
         };
-        TensorCores { least_rows: GEMV_ROWS as usize + 1, e4m3_bits, bf16_bits: 24 }
+        TensorCores { bf16_bits: 24, e4m3_bits, e4m3_rows: GEMV_ROWS as usize + 1 }
     }
 
     /// By its name; the newest where there is none.
@@ -68,6 +68,12 @@ impl Tuning {
     /// without: enough for two blocks a multiprocessor. A kernel takes fewer where the context in use is short (`paging.cuh`).
     pub fn splits(&self, blocks: u32, context: u32) -> u32 {
         (2 * self.processors / blocks.max(1)).min(context.div_ceil(64)).clamp(1, self.most_splits)
+    }
+
+    /// Rows and channels of a tile of `wgmma`: 128 read half as much a product, and need as many tiles as half of the
+    /// multiprocessors at least.
+    pub fn wgmma_tile(&self, m: u32, n: u32) -> u32 {
+        if m <= 64 || 2 * m.div_ceil(128) * n.div_ceil(128) <= self.processors { 64 } else { 128 }
     }
 
     /// Parts that a product of so many tiles of `tile` rows and channels is cut into along k, which is `stages` deep: enough

@@ -87,7 +87,7 @@ impl Model {
     /// Runs a profile on a device, which must be fresh: without buffers. The outcomes are those of [`Model::names`].
     pub fn run(&self, profile: Profile, seed: u64, device: &mut dyn Backend) -> Result<Vec<Outcome>> {
         let got = forward(&self.checkpoint, device, profile, &self.ids)?;
-        let (limit, config) = (model_limit(profile), self.checkpoint.config());
+        let (limit, config) = (model_limit(&device.describe(), profile), self.checkpoint.config());
         let truth = if profile == Profile::Exact { &self.exact } else { &self.fast };
         let mut verdicts = Vec::new();
         for ((want, _), (layer, us)) in truth.layers.iter().zip(&got.layers) {

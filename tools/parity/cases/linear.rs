@@ -92,6 +92,11 @@ pub fn add(list: &mut List) {
         "bf16_x_bf16_head_w3_n1001_k512".into(),
         Shape { x: ActKind::Bf16, w: WeightKind::Bf16, axis: Axis::Wanted, m: 3, n: 1001, k: 512, ..PLAIN },
     );
+    // More tiles of any size than a large card has multiprocessors.
+    let many = Shape { x: STATIC, m: 1100, n: 1060, k: 640, add: true, ..PLAIN };
+    plain("many_tiles_static_add_m1100_n1060_k640".into(), many);
+    let many = Shape { x: ActKind::Bf16, w: WeightKind::Bf16, out: DType::Bf16, add: false, ..many };
+    plain("many_tiles_bf16_m1100_n1060_k640".into(), many);
     plain("one_channel_n1".into(), Shape { m: 33, n: 1, ..PLAIN });
     for (m, n, k) in decode_shapes() {
         let bf16 = Shape { x: ActKind::PerToken, out: DType::Bf16, margin: (35, 11), m, n, k, tight: true, ..PLAIN };
