@@ -4,6 +4,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod fold;
 mod layout;
 mod peaks;
 #[cfg(feature = "wgpu")]

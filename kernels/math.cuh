@@ -28,3 +28,5 @@ DEVICE float ln_f32(float x) {
   float c = fmaf(fmaf(b, f, -2.4999993993e-1f), f, 3.3333331174e-1f) * f * z;
   return fmaf(0.693359375f, e, (fmaf(-2.12194440e-4f, e, c) - 0.5f * z) + f);
 }
+
+DEVICE float silu(float x) { return x / (1.0f + exp_f32(-x)); }

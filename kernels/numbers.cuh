@@ -79,6 +79,18 @@ DEVICE void store1(void* to, u32 dtype, size_t at, float x) {
   }
 }
 
+// One element of any type.
+DEVICE void store_any1(void* to, u32 dtype, size_t at, float x) {
+  if (dtype == E4M3) {
+    ((u8*)to)[at] = (u8)e4m3x2_encode(x, 0.0f);
+  } else {
+    store1(to, dtype, at, x);
+  }
+}
+
+// A number as a buffer of f32 or bf16 would have it.
+DEVICE float rounded(u32 dtype, float x) { return dtype == F32 ? x : bf16_low(bf16x2_encode(x, 0.0f)); }
+
 // Two elements of f32 or bf16 from element `at`, a multiple of 2.
 DEVICE void store2(void* to, u32 dtype, size_t at, float low, float high) {
   if (dtype == F32) {

@@ -2,10 +2,9 @@
 // other; writes q[m, q_heads dim], appends k and v to their pages. Reference: reference::rope_append
 // grid (m, blocks a row); a thread writes four elements of a head.
 
-KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, const float* rope, const u32* seq,
-                           const u32* position, const u32* page_table, u32 pages, void* q, void* k, void* v, u32 cache,
-                           u32 q_heads, u32 kv_heads, u32 dim, u32 page_tokens, float k_inv, float v_inv) {
+KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, HEADS) {
   dependency_wait();
+  Heads h = TAKEN_HEADS;
   u32 row = blockIdx.x;
   if (row >= live[0]) return;
   u32 at = position[row], half = dim / 2, groups = (dim + 3) / 4;
@@ -27,8 +26,7 @@ KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, const float
         if (is_rotated) {
           u32 pair = d % half;
           float other = load1(qkv, in, d < half ? own + half : own - half);
-          float turned = other * angle[pair + half];
-          x = x * angle[pair] + (d < half ? -turned : turned);
+          x = rotate(x, other, angle[pair], angle[pair + half], d < half);
         }
         y.x[i] = x;
       }
@@ -38,11 +36,10 @@ KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, const float
         if (first + i < dim) store1(q, in, (size_t)row * padded(q_heads * dim) + head * dim + first + i, y.x[i]);
       }
     } else {
-      bool is_k = is_rotated;
-      u32 kv_head = head - q_heads - (is_k ? 0 : kv_heads);
-      size_t slot = kv_row(page, kv_head, at, kv_heads, page_tokens) * padded(dim);
-      for (int i = 0; i < 4 && cache == E4M3; i++) y.x[i] *= is_k ? k_inv : v_inv;
-      store4(is_k ? k : v, cache, slot + first, y);
+      Slot slot = find_slot(h, page, at, head - q_heads);
+#pragma unroll
+      for (int i = 0; i < 4; i++) y.x[i] *= slot.inv;
+      store4(slot.cache, cache, slot.first + first, y);
     }
   }
 }

@@ -17,7 +17,7 @@ KERNEL(256, 1) swiglu(const u32* live, u32 axis, void* out, float* scale, float 
       for (u32 i = 0; i < 4; i++) up.x[i] = load1(gate_up, in, first + cols + min(4 * g + i, cols - 1));
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) v.x[i] = v.x[i] / (1.0f + exp_f32(-v.x[i])) * up.x[i];
+    for (int i = 0; i < 4; i++) v.x[i] = silu(v.x[i]) * up.x[i];
     return v;
   });
 }

@@ -1,9 +1,12 @@
 //! From ops to kernels: which entry point, which arguments, how many blocks.
 
 use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, Weight};
+use quaver_core::{Error, Result};
 
+use super::card::NAME;
 use super::kernel::{Arg, Kernel, code};
 use super::tuning::{GEMV_ROWS, Tuning, Variant};
+use crate::fold;
 use crate::layout::{Layout, Layouts};
 
 /// Query heads times rows of an attention tile, positions that it takes at a time, and the most elements that a head may
@@ -21,26 +24,22 @@ const PART_TAIL: usize = 4;
 /// Blocks along the second and third dimension of a grid (CUDA C++ Programming Guide, "Technical Specifications").
 const MOST_BLOCKS: u32 = 65535;
 
-/// The kernels of an op, or why it cannot be run.
-pub fn lower(op: &Op, program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>, String> {
+/// The kernels of a program that `Program::check` has seen.
+pub fn lower(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
     let lower = Lower { program, layouts, tuning };
-    // Kernels read and write rows as vectors, which a single column of f32 is not (`layout.rs`).
-    let rows = match *op {
-        Op::RmsNorm { x, out, .. } | Op::Quantize { x, out } => vec![x, out.bufs()[0]],
-        Op::Gather { x, out, .. } => vec![x, out],
-        Op::SwiGlu { out, .. } | Op::Attend { out, .. } => vec![out.bufs()[0]],
-        Op::Linear { x, .. } => vec![x.bufs()[0]],
-        Op::Embed { out: x, .. } | Op::AbsMax { x, .. } => vec![x],
-        Op::RopeAppend { .. } | Op::Sample { .. } | Op::CopyPages { .. } => Vec::new(),
-    };
-    if rows.into_iter().any(|buf| lower.cols(buf) == 1) {
-        return Err("rows of a single column".into());
+    let mut kernels = Vec::new();
+    let mut is_folded = false;
+    for (i, line) in program.lines.iter().enumerate() {
+        if is_folded {
+            is_folded = false;
+            continue;
+        }
+        let fold = lower.fold(i);
+        is_folded = fold.is_some();
+        let unsupported = |why| Error::Unsupported { backend: NAME.into(), op: line.label.clone(), why };
+        kernels.extend(lower.line(&line.op, fold).map_err(unsupported)?);
     }
-    let kernels = lower.op(op)?;
-    if let Some(blocks) = kernels.iter().flat_map(|kernel| &kernel.grid[1..]).find(|blocks| **blocks > MOST_BLOCKS) {
-        return Err(format!("{blocks} blocks along one dimension; at most {MOST_BLOCKS}: lower the rows of a step"));
-    }
-    Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
+    Ok(kernels)
 }
 
 struct Lower<'a> {
@@ -57,12 +56,53 @@ struct Operands {
     n: u32,
     /// Elements a row of x and w, padded.
     k: u32,
-    /// The arguments that every Linear ends with.
-    epilogue: Vec<Arg>,
+    /// Of activations: of all rows, and of each; of the channels.
+    scales: [Arg; 3],
+    /// Where sums go.
+    out: [Arg; 5],
 }
 
-impl Lower<'_> {
-    fn op(&self, op: &Op) -> Result<Vec<Kernel>, String> {
+impl Operands {
+    /// The arguments that Linears end with (`epilogue.cuh`).
+    fn epilogue(&self) -> Vec<Arg> {
+        [&self.out[..], &self.scales].concat()
+    }
+}
+
+impl<'a> Lower<'a> {
+    /// The kernels of a line, with the op of the next one where it is folded in; or why they cannot be run.
+    fn line(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
+        // Kernels read and write rows as vectors, which a single column of f32 is not (`layout.rs`).
+        let rows = match *op {
+            Op::RmsNorm { x, out, .. } | Op::Quantize { x, out } => vec![x, out.bufs()[0]],
+            Op::Gather { x, out, .. } => vec![x, out],
+            Op::SwiGlu { out, .. } | Op::Attend { out, .. } => vec![out.bufs()[0]],
+            Op::Linear { x, .. } => vec![x.bufs()[0]],
+            Op::Embed { out: x, .. } | Op::AbsMax { x, .. } => vec![x],
+            Op::RopeAppend { .. } | Op::Sample { .. } | Op::CopyPages { .. } => Vec::new(),
+        };
+        if rows.into_iter().any(|buf| self.cols(buf) == 1) {
+            return Err("rows of a single column".into());
+        }
+        let kernels = self.op(op, fold)?;
+        if let Some(blocks) = kernels.iter().flat_map(|kernel| &kernel.grid[1..]).find(|blocks| **blocks > MOST_BLOCKS)
+        {
+            return Err(format!(
+                "{blocks} blocks along one dimension; at most {MOST_BLOCKS}: lower the rows of a step"
+            ));
+        }
+        Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
+    }
+
+    /// The op of the line behind line `i`, where the kernel of that line does both.
+    fn fold(&self, i: usize) -> Option<&'a Op> {
+        let next = fold::behind(self.program, self.layouts, i)?;
+        let Op::Linear { x, w, out, .. } = self.program.lines[i].op else { return None };
+        let is_streamed = self.rows(out.buf) <= GEMV_ROWS && self.gemv_type(x.bufs()[0], w.bufs()[0]).is_some();
+        is_streamed.then_some(next)
+    }
+
+    fn op(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
         let live = Arg::Buf(self.program.live);
         Ok(match *op {
             Op::Embed { ids, sampled, table, out } => {
@@ -74,7 +114,7 @@ impl Lower<'_> {
                 vec![self.rows_kernel("rms_norm", x, out, &[Arg::Buf(x), Arg::Buf(gamma), Arg::F32(eps)])]
             }
             Op::Quantize { x, out } => vec![self.rows_kernel("quantize", x, out, &[Arg::Buf(x)])],
-            Op::Linear { x, w, out, add } => vec![self.linear(x, w, out, add)],
+            Op::Linear { x, w, out, add } => vec![self.linear(x, w, out, add, fold)],
             Op::RopeAppend { qkv, rope, rows, heads, q, kv } => vec![self.rope_append(qkv, rope, rows, heads, q, kv)],
             Op::Attend { q, rows, heads, kv, out } => self.attend(q, rows, heads, kv, out)?,
             Op::SwiGlu { gate_up, out } => {
@@ -158,7 +198,7 @@ impl Lower<'_> {
         cols.div_ceil(4 * 256)
     }
 
-    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool) -> Kernel {
+    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool, fold: Option<&Op>) -> Kernel {
         let (x, static_scale, token_scales) = match x {
             Act::Real(data) => (data, 1.0, Arg::Null),
             Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.scale, Arg::Null),
@@ -168,45 +208,56 @@ impl Lower<'_> {
             Weight::Real(weight) => (weight, Arg::Null),
             Weight::Fp8 { codes, scale } => (codes, Arg::Buf(scale)),
         };
-        let epilogue = vec![
-            Arg::Buf(out.buf),
-            self.code(out.buf),
-            self.stride(out.buf),
-            Arg::U32(out.first as u32),
-            Arg::U32(u32::from(add)),
-            Arg::F32(static_scale),
-            token_scales,
-            w_scales,
-        ];
+        let (first, add) = (Arg::U32(out.first as u32), Arg::U32(u32::from(add)));
         let (weight, m) = (self.layout(w), self.rows(out.buf));
         let k = (weight.stride / weight.desc.dtype.size()) as u32;
-        let operands = Operands { x, w, m, n: weight.desc.rows.capacity() as u32, k, epilogue };
+        let operands = Operands {
+            x,
+            w,
+            m,
+            n: weight.desc.rows.capacity() as u32,
+            k,
+            scales: [Arg::F32(static_scale), token_scales, w_scales],
+            out: [Arg::Buf(out.buf), self.code(out.buf), self.stride(out.buf), first, add],
+        };
         let dtypes = [x, w].map(|buf| self.layouts.desc(buf).dtype);
         match (dtypes, self.tuning.variant) {
-            ([DType::E4m3, DType::E4m3], _) if m <= GEMV_ROWS => self.gemv_mma("sm80_gemv_e4m3", operands),
-            ([DType::Bf16, DType::Bf16], _) if m <= GEMV_ROWS => self.gemv_mma("sm80_gemv_bf16", operands),
-            _ if m <= GEMV_ROWS => self.gemv(operands),
-            ([DType::E4m3, DType::E4m3], Variant::Sm90) => self.wgmma("sm90_linear_e4m3", operands),
-            ([DType::Bf16, DType::Bf16], Variant::Sm90) => self.wgmma("sm90_linear_bf16", operands),
-            ([DType::E4m3, DType::E4m3], Variant::Sm89) => self.mma("sm89_linear_e4m3", "sm89_linear_e4m3", operands),
-            ([DType::E4m3, DType::E4m3], Variant::Sm80) => self.mma("sm80_linear", "sm80_linear_e4m3", operands),
-            ([DType::Bf16, DType::Bf16], _) => self.mma("sm80_linear", "sm80_linear_bf16", operands),
-            _ => self.simt(operands),
+            _ if m <= GEMV_ROWS => match self.gemv_type(x, w) {
+                Some(name) => self.gemv_mma(name, &operands, fold),
+                None => self.gemv(&operands),
+            },
+            ([DType::E4m3, DType::E4m3], Variant::Sm90) => self.wgmma("sm90_linear_e4m3", &operands),
+            ([DType::Bf16, DType::Bf16], Variant::Sm90) => self.wgmma("sm90_linear_bf16", &operands),
+            ([DType::E4m3, DType::E4m3], Variant::Sm89) => self.mma("sm89_linear_e4m3", "sm89_linear_e4m3", &operands),
+            ([DType::E4m3, DType::E4m3], Variant::Sm80) => self.mma("sm80_linear", "sm80_linear_e4m3", &operands),
+            ([DType::Bf16, DType::Bf16], _) => self.mma("sm80_linear", "sm80_linear_bf16", &operands),
+            _ => self.simt(&operands),
+        }
+    }
+
+    /// What the types of operands are called whose few rows run on tensor cores.
+    fn gemv_type(&self, x: Buf, w: Buf) -> Option<&'static str> {
+        match [x, w].map(|buf| self.layouts.desc(buf).dtype) {
+            [DType::E4m3, DType::E4m3] => Some("e4m3"),
+            [DType::Bf16, DType::Bf16] => Some("bf16"),
+            _ => None,
         }
     }
 
     /// `mma.sync`: operands of one type (`linear_mma.cuh`).
-    fn mma(&self, file: &'static str, entry: &str, Operands { x, w, m, n, epilogue, .. }: Operands) -> Kernel {
+    fn mma(&self, file: &'static str, entry: &str, operands: &Operands) -> Kernel {
+        let &Operands { x, w, m, n, .. } = operands;
         let (tile, threads) = if m <= 64 { (64, 128) } else { (128, 256) };
         let row_bytes = Arg::U32(self.layout(w).stride as u32);
         let args = [Arg::Buf(self.program.live), self.axis(x), Arg::Buf(x), Arg::Buf(w), Arg::U32(n), row_bytes];
         let grid = [n.div_ceil(tile), m.div_ceil(tile), 1];
-        let kernel = Kernel::new(file, grid, threads, [&args[..], &epilogue].concat());
+        let kernel = Kernel::new(file, grid, threads, [&args[..], &operands.epilogue()].concat());
         Kernel { entry: format!("{entry}_{tile}"), shared: 4 * 2 * tile * 80, ..kernel }
     }
 
     /// `wgmma`: operands of one type (`linear_wgmma.cuh`).
-    fn wgmma(&self, file: &'static str, Operands { x, w, m, n, epilogue, .. }: Operands) -> Kernel {
+    fn wgmma(&self, file: &'static str, operands: &Operands) -> Kernel {
+        let &Operands { x, w, m, n, .. } = operands;
         let tile = self.tuning.wgmma_tile(m, n);
         let threads = if tile == 64 { 160 } else { 384 };
         let row_bytes = self.layout(w).stride as u32;
@@ -216,20 +267,33 @@ impl Lower<'_> {
         let (scratch, counters) = (Arg::Scratch(self.tuning.parts_bytes()), Arg::Counters(self.tuning.processors));
         let (live, n, row_bytes) = (Arg::Buf(self.program.live), Arg::U32(n), Arg::U32(row_bytes));
         let args = [live, self.axis(x), xs, ws, n, row_bytes, scratch, counters];
-        let kernel = Kernel::new(file, [tiles_n, tiles_m, parts], threads, [&args[..], &epilogue].concat());
+        let kernel = Kernel::new(file, [tiles_n, tiles_m, parts], threads, [&args[..], &operands.epilogue()].concat());
         Kernel { entry: format!("{file}_{tile}"), shared: 4 * WGMMA_DEPTH * 2 * tile, ..kernel }
     }
 
-    /// Few rows of operands of one type, on tensor cores (`sm80_gemv.cu`).
-    fn gemv_mma(&self, entry: &str, Operands { x, w, n, epilogue, .. }: Operands) -> Kernel {
+    /// Few rows of operands of one type, on tensor cores, and what is folded in (`gemv_mma.cuh`).
+    fn gemv_mma(&self, name: &str, operands: &Operands, fold: Option<&Op>) -> Kernel {
+        let &Operands { x, w, n, out: [_, between, ..], .. } = operands;
         let row_bytes = Arg::U32(self.layout(w).stride as u32);
         let args = [Arg::Buf(self.program.live), self.axis(x), Arg::Buf(x), Arg::Buf(w), Arg::U32(n), row_bytes];
-        let kernel = Kernel::new("sm80_gemv", [n.div_ceil(16), 1, 1], 256, [&args[..], &epilogue].concat());
-        Kernel { entry: entry.into(), ..kernel }
+        let (file, more) = match fold {
+            Some(&Op::SwiGlu { out, .. }) => {
+                let inv = if let Act::Fp8 { scale: Scale::Static(scale), .. } = out { scale.inv } else { 1.0 };
+                let data = out.bufs()[0];
+                ("sm80_gemv_gated", vec![Arg::Buf(data), self.code(data), Arg::F32(inv), between])
+            }
+            Some(&Op::RopeAppend { rope, rows, heads, q, kv, .. }) => {
+                ("sm80_gemv_rope", [vec![between], self.heads(rope, rows, heads, q, kv)].concat())
+            }
+            _ => ("sm80_gemv", operands.out.to_vec()),
+        };
+        let kernel = Kernel::new(file, [n.div_ceil(16), 1, 1], 256, [&args[..], &operands.scales, &more].concat());
+        Kernel { entry: format!("{file}_{name}"), ..kernel }
     }
 
     /// A warp a channel, for few rows of other types.
-    fn gemv(&self, Operands { x, w, m, n, k, epilogue }: Operands) -> Kernel {
+    fn gemv(&self, operands: &Operands) -> Kernel {
+        let &Operands { x, w, m, n, k, .. } = operands;
         let name = |buf: Buf| match self.layouts.desc(buf).dtype {
             DType::Bf16 => "bf16",
             DType::E4m3 => "e4m3",
@@ -237,26 +301,36 @@ impl Lower<'_> {
         };
         let rows = m.next_power_of_two();
         let args = [Arg::Buf(self.program.live), self.axis(x), Arg::Buf(x), Arg::Buf(w), Arg::U32(n), Arg::U32(k)];
-        let kernel =
-            Kernel::new("linear_gemv", [n.div_ceil(8), m.div_ceil(rows), 1], 256, [&args[..], &epilogue].concat());
+        let kernel = Kernel::new(
+            "linear_gemv",
+            [n.div_ceil(8), m.div_ceil(rows), 1],
+            256,
+            [&args[..], &operands.epilogue()].concat(),
+        );
         Kernel { entry: format!("linear_gemv_{}_{}_{rows}", name(x), name(w)), ..kernel }
     }
 
     /// Any pair of element types, without tensor cores.
-    fn simt(&self, Operands { x, w, m, n, k, epilogue }: Operands) -> Kernel {
+    fn simt(&self, operands: &Operands) -> Kernel {
+        let &Operands { x, w, m, n, k, .. } = operands;
         let live = Arg::Buf(self.program.live);
         let (n_arg, k_arg) = (Arg::U32(n), Arg::U32(k));
         let args = [live, self.axis(x), Arg::Buf(x), self.code(x), Arg::Buf(w), self.code(w), n_arg, k_arg];
-        Kernel::new("linear", [n.div_ceil(64), m.div_ceil(64), 1], 256, [&args[..], &epilogue].concat())
+        Kernel::new("linear", [n.div_ceil(64), m.div_ceil(64), 1], 256, [&args[..], &operands.epilogue()].concat())
     }
 
     fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
+        let args = [Arg::Buf(self.program.live), Arg::Buf(qkv), self.code(qkv)];
+        let args = [&args[..], &self.heads(rope, rows, heads, q, kv)].concat();
+        let blocks = self.row_blocks(((heads.q + 2 * heads.kv) * heads.dim.next_multiple_of(4)) as u32);
+        Kernel::new("rope_append", [self.rows(q), blocks, 1], 256, args)
+    }
+
+    /// The arguments of `heads.cuh`.
+    fn heads(&self, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Vec<Arg> {
         let [k_inv, v_inv] = kv.scales.map_or([1.0; 2], |(k, v)| [k.inv, v.inv]).map(Arg::F32);
         let [q_heads, kv_heads, dim, page] = [heads.q, heads.kv, heads.dim, kv.page_tokens].map(|n| Arg::U32(n as u32));
-        let args = vec![
-            Arg::Buf(self.program.live),
-            Arg::Buf(qkv),
-            self.code(qkv),
+        vec![
             Arg::Buf(rope),
             Arg::Buf(rows.seq),
             Arg::Buf(rows.position),
@@ -272,9 +346,7 @@ impl Lower<'_> {
             page,
             k_inv,
             v_inv,
-        ];
-        let blocks = self.row_blocks(((heads.q + 2 * heads.kv) * heads.dim.next_multiple_of(4)) as u32);
-        Kernel::new("rope_append", [self.rows(q), blocks, 1], 256, args)
+        ]
     }
 
     fn attend(&self, q: Buf, rows: Rows, heads: Heads, kv: Kv, out: Act) -> Result<Vec<Kernel>, String> {
@@ -362,7 +434,9 @@ mod tests {
             add: false,
         };
         let tuning = Tuning { variant, processors: 132, most_splits: MOST_SPLITS };
-        let kernels = lower(&op, &Program::new(m, 0, live), &layouts, &tuning).unwrap();
+        let mut program = Program::new(m, 0, live);
+        program.push("linear", op);
+        let kernels = lower(&program, &layouts, &tuning).unwrap();
         assert_eq!(kernels.len(), 1);
         kernels[0].entry.clone()
     }

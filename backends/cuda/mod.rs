@@ -17,7 +17,7 @@ mod sys;
 mod tuning;
 
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Line, Op, Plan, Program};
+use quaver_core::op::{Backend, Buf, BufDesc, DeviceInfo, Fetch, Op, Plan, Program};
 use quaver_core::{Error, Result};
 
 use self::card::Card;
@@ -102,11 +102,6 @@ impl Cuda {
         self
     }
 
-    fn lower(&self, line: &Line, program: &Program, layouts: &Layouts) -> Result<Vec<Kernel>> {
-        let unsupported = |why| Error::Unsupported { backend: "cuda".into(), op: line.label.clone(), why };
-        lower::lower(&line.op, program, layouts, &self.tuning).map_err(unsupported)
-    }
-
     fn launch(&mut self, kernel: Kernel) -> Result<Launch> {
         let Kernel { file, entry, grid, threads, shared, args } = kernel;
         let args = args.into_iter().map(|arg| self.value(arg)).collect::<Result<_>>()?;
@@ -165,14 +160,9 @@ impl Backend for Cuda {
         for desc in buffers {
             layouts.push(Layout::new(desc, u64::MAX >> 1));
         }
-        let mut most = 0;
-        for line in &program.lines {
-            let kernels = self.lower(line, program, &layouts)?;
-            let args = kernels.iter().flat_map(|kernel| &kernel.args);
-            let bytes = args.map(|arg| if let Arg::Scratch(bytes) = arg { *bytes } else { 0 });
-            most = bytes.fold(most, u64::max);
-        }
-        Ok(most)
+        let kernels = lower::lower(program, &layouts, &self.tuning)?;
+        let args = kernels.iter().flat_map(|kernel| &kernel.args);
+        Ok(args.map(|arg| if let Arg::Scratch(bytes) = arg { *bytes } else { 0 }).max().unwrap_or(0))
     }
 
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
@@ -189,16 +179,14 @@ impl Backend for Cuda {
 
     fn record(&mut self, program: &Program) -> Result<Plan> {
         program.check(|buf| self.memory.layouts.find(buf).map(|layout| &layout.desc))?;
-        let mut launches = Vec::new();
         for (i, line) in program.lines.iter().enumerate() {
             if let Some(&buf) = line.op.writes().iter().find(|&&buf| self.memory.is_constant(buf)) {
                 let why = format!("{} is a constant", self.memory.layouts.desc(buf).name);
                 return Err(Error::Program { line: i, op: line.label.clone(), why });
             }
-            for kernel in self.lower(line, program, &self.memory.layouts)? {
-                launches.push(self.launch(kernel)?);
-            }
         }
+        let kernels = lower::lower(program, &self.memory.layouts, &self.tuning)?;
+        let launches = kernels.into_iter().map(|kernel| self.launch(kernel)).collect::<Result<_>>()?;
         let spans = program.lines.iter().filter_map(|line| match line.op {
             Op::Attend { rows, .. } => Some(self.memory.layouts.desc(rows.spans).rows.capacity() as u32),
             _ => None,

@@ -1,12 +1,13 @@
 //! From ops to kernels: which shader, which constants, which buffers, how many workgroups.
 
-use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Line, Op, Program, Rows, Scale, Weight};
+use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, Weight};
 use quaver_core::{Error, Result};
 
 use super::adapter;
 use super::kernel::{Binding, Kernel, code};
 use super::layout::{Layout, Layouts};
 use super::tuning::Tuning;
+use crate::fold;
 
 /// The kernels of a program that `Program::check` has seen.
 pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
@@ -89,42 +90,13 @@ impl<'a> Lower<'a> {
         Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
     }
 
-    /// The op of the line behind line `i`, where that line is a `Linear` whose kernel can do both: the next takes whole
-    /// heads, or gate and up, from a buffer that is between the two alone.
+    /// The op of the line behind line `i`, where the kernel of that line does both.
     fn fold(&self, i: usize) -> Option<&'a Op> {
-        let [Line { op: linear, .. }, Line { op: next, .. }] = self.program.lines.get(i..i + 2)? else { return None };
-        let Op::Linear { x, w, out: Cols { buf, .. }, .. } = *linear else { return None };
-        let width = match *next {
-            Op::SwiGlu { gate_up, out: Act::Real(_) | Act::Fp8 { scale: Scale::Static(_), .. } } if gate_up == buf => {
-                self.cols(gate_up) / 2
-            }
-            Op::RopeAppend { qkv, heads, .. } if qkv == buf => heads.dim as u32,
-            _ => return None,
-        };
+        let next = fold::behind(self.program, self.layouts, i)?;
+        let Op::Linear { x, w, out: Cols { buf, .. }, .. } = self.program.lines[i].op else { return None };
         let cut = self.tuning.linear(self.rows(buf), self.cols(buf), self.cols(w.bufs()[0]), self.dtypes(x, w));
         let is_one_part = self.layout(w.bufs()[0]).parts.len() == 1;
-        let is_apart = next.writes().iter().all(|buf| !linear.reads().contains(buf));
-        // What is between two lines alone is all that this one writes.
-        let fits = cut.shader == "linear_wide" && width.is_multiple_of(16) && is_one_part;
-        (fits && is_apart && self.is_between(buf)).then_some(next)
-    }
-
-    /// Whether every line that reads a buffer is behind one that overwrites all of it, and no other line writes it.
-    fn is_between(&self, buf: Buf) -> bool {
-        let (mut is_whole, mut is_between) = (false, true);
-        for Line { op, .. } in &self.program.lines {
-            let fills = self.fills(op, buf);
-            is_between &= is_whole || !op.reads().contains(&buf);
-            is_between &= fills || !op.writes().contains(&buf);
-            is_whole = fills;
-        }
-        is_between
-    }
-
-    /// Whether an op is a `Linear` that overwrites a whole buffer.
-    fn fills(&self, op: &Op, buf: Buf) -> bool {
-        matches!(*op, Op::Linear { w, out: Cols { buf: own, first: 0 }, add: false, .. }
-            if own == buf && self.layouts.desc(w.bufs()[0]).rows.capacity() == self.layouts.desc(buf).cols)
+        (cut.shader == "linear_wide" && is_one_part).then_some(next)
     }
 
     /// Only the tables of `Embed` and the weights of `Linear` may be in several parts.
