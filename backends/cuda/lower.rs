@@ -265,7 +265,8 @@ impl Lower<'_> {
         let (rows, vocab) = (self.rows(out), self.cols(logits));
         let most = self.layouts.desc(out).rows.capacity().max(rows as usize);
         let drafts = Arg::Scratch(DRAFT_BYTES * most as u64);
-        let args = [&[Arg::Buf(self.program.live)], &inputs[..], &[drafts, Arg::U32(vocab), self.stride(logits)]].concat();
+        let args =
+            [&[Arg::Buf(self.program.live)], &inputs[..], &[drafts, Arg::U32(vocab), self.stride(logits)]].concat();
         let with_out = [&args[..], &[Arg::Buf(out)]].concat();
         let kernel = |entry: &str, blocks, threads, args| {
             let kernel = Kernel::new("sample", [blocks, rows, 1], threads, args);
