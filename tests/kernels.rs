@@ -251,10 +251,10 @@ const PLANTED: [(&str, Variant, &str, &str, &str); 22] = [
         "if (lane * SIZE >= k) return;\n  float sums[ROWS] = {};",
     ),
     ("sample", Variant::Sm80, SAMPLED, "[i] = 0;\n      __syncthreads();", "[i] = 0;"),
-    ("sample", Variant::Sm80, SAMPLED, "weight(own));\n      }\n      __syncthreads();", "weight(own));\n      }"),
+    ("sample", Variant::Sm80, SAMPLED, "weight(own));\n      });\n      __syncthreads();", "weight(own));\n      });"),
     ("sample", Variant::Sm80, SAMPLED, "weights[i];\n      }\n      __syncthreads();", "weights[i];\n      }"),
     ("sample", Variant::Sm80, SAMPLED, "x;\n  __syncthreads();\n  all = 0;", "x;\n  all = 0;"),
-    ("sample", Variant::Sm80, SAMPLED, "= own;\n    }\n    __syncthreads();", "= own;\n    }"),
+    ("sample", Variant::Sm80, SAMPLED, "= own;\n    });\n    __syncthreads();", "= own;\n    });"),
 ];
 const FEW: &str = "linear::fp8_static_x_fp8_add_m5_n7_k37";
 const TILED: &str = "attend::bf16_over_bf16_to_f32_mixed_gqa4";

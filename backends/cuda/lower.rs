@@ -20,6 +20,9 @@ const MMA_QUERIES: u32 = 64;
 const WGMMA_DEPTH: u32 = 128;
 /// What a part of a context leaves behind its sums (`paging.cuh`).
 const PART_TAIL: usize = 4;
+/// Blocks that a row's logits are dealt to, whatever the rows, and the bytes of its draft (`sample.cu`).
+const SAMPLE_PARTS: u32 = 64;
+const DRAFT_BYTES: u64 = 38968;
 
 /// Blocks along the second and third dimension of a grid (CUDA C++ Programming Guide, "Technical Specifications").
 const MOST_BLOCKS: u32 = 65535;
@@ -129,9 +132,7 @@ impl<'a> Lower<'a> {
                 vec![Kernel::new("gather", [self.rows(out), 1, 1], 256, args)]
             }
             Op::Sample { logits, params, mask, history, out } => {
-                let bufs = [logits, params, mask, history, out].map(Arg::Buf);
-                let args = [&[live], &bufs[..], &[self.columns(logits), self.stride(logits)]].concat();
-                vec![Kernel::new("sample", [self.rows(out), 1, 1], 1024, args)]
+                self.sample(logits, [logits, params, mask, history].map(Arg::Buf), out)
             }
             Op::CopyPages { kv, page_rows, pairs } => {
                 let vectors = (page_rows * self.layout(kv.k).stride / 16) as u32;
@@ -346,6 +347,29 @@ impl<'a> Lower<'a> {
             page,
             k_inv,
             v_inv,
+        ]
+    }
+
+    /// `inputs` are the buffers of a Sample in its order, but for the results.
+    fn sample(&self, logits: Buf, inputs: [Arg; 4], out: Buf) -> Vec<Kernel> {
+        let (rows, vocab) = (self.rows(out), self.cols(logits));
+        let most = self.layouts.desc(out).rows.capacity().max(rows as usize);
+        let drafts = Arg::Scratch(DRAFT_BYTES * most as u64);
+        let args =
+            [&[Arg::Buf(self.program.live)], &inputs[..], &[drafts, Arg::U32(vocab), self.stride(logits)]].concat();
+        let with_out = [&args[..], &[Arg::Buf(out)]].concat();
+        let kernel = |entry: &str, blocks, threads, args| {
+            let kernel = Kernel::new("sample", [blocks, rows, 1], threads, args);
+            Kernel { entry: entry.into(), ..kernel }
+        };
+        // Blocks a row so that all rows together fill the card, none for less than four tokens a thread.
+        let blocks = |at_once: u32, threads: u32| {
+            (at_once * self.tuning.processors / rows.max(1)).min(vocab.div_ceil(4 * threads)).max(1)
+        };
+        vec![
+            kernel("sample_parts", SAMPLE_PARTS, 128, args),
+            kernel("sample_draft", blocks(4, 256), 256, with_out.clone()),
+            kernel("sample", blocks(1, 1024), 1024, with_out),
         ]
     }
 

@@ -135,9 +135,12 @@ DEVICE u32 __ballot_sync(u32 mask, bool is_set) {
   return bits;
 }
 DEVICE int __ffs(u32 bits) { return __builtin_ffs((int)bits); }
+DEVICE int __popc(u32 bits) { return __builtin_popcount(bits); }
 // One fiber runs at a time.
 DEVICE u32 atomicMax(u32* to, u32 x) { u32 old = *to; *to = max(old, x); return old; }
 DEVICE u32 atomicAdd(u32* to, u32 x) { u32 old = *to; *to = old + x; return old; }
+DEVICE u64 atomicAdd(u64* to, u64 x) { u64 old = *to; *to = old + x; return old; }
+DEVICE u64 atomicMin(u64* to, u64 x) { u64 old = *to; *to = min(old, x); return old; }
 
 DEVICE void dependency_wait() { emulator::dependency_wait(); }
 DEVICE u32 shared_address(const void* p) { return emulator::address_of(p); }

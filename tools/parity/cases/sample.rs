@@ -47,6 +47,17 @@ pub fn add(list: &mut List) {
             problem(rng, vocab, logits, &|row, rng| chosen(row, rng, |p, _| p.top_p = 0.9))
         });
     }
+    // Few tokens of many are left, and many of them.
+    let nuclei: [(&str, Change); 2] = [
+        ("cold", |p, _| (p.temperature, p.top_p, p.logprobs) = (0.4, 0.9, Some(20))),
+        ("warm", |p, _| (p.temperature, p.top_p) = (1.0, 0.9)),
+    ];
+    for (name, change) in nuclei {
+        list.add("sample", format!("{name}_top_p_w5_vocab40000"), move |rng| {
+            let logits = rng.normals(5 * 40_000, 2.5);
+            problem(rng, 40_000, logits, &|row, rng| chosen(row, rng, change))
+        });
+    }
     // As many passes over as many tokens as there can be.
     list.add("sample", "everything_and_20_logprobs_w1_vocab300000", |rng| {
         let logits = rng.normals(300_000, 2.5);
