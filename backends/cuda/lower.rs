@@ -314,8 +314,9 @@ impl Lower<'_> {
             Kernel { shared, ..Kernel::new("attend", grid, 128, args) }
         };
         let merge = [parts, dim_arg, Arg::U32(splits), Arg::F32(v_scale)];
-        let shared = 4 * q_heads as u32 * (splits + 1);
-        Ok(vec![attend, Kernel { shared, ..self.rows_kernel("attend_merge", q, out, &merge) }])
+        // Four columns a thread.
+        let threads = ((q_heads * dim).div_ceil(4) as u32).next_multiple_of(32).min(1024);
+        Ok(vec![attend, Kernel { threads, ..self.rows_kernel("attend_merge", q, out, &merge) }])
     }
 }
 
