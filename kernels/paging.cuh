@@ -5,6 +5,18 @@ DEVICE size_t kv_row(u32 page, u32 head, u32 position, u32 kv_heads, u32 page_to
   return ((size_t)page * kv_heads + head) * page_tokens + position % page_tokens;
 }
 
+// The same where many positions are looked up: division by `page_tokens` as a product, exact while a position times
+// page_tokens is below 2^32.
+struct PageOf {
+  u32 page_tokens, inverse;
+  DEVICE_FUNCTION PageOf(u32 page_tokens) : page_tokens(page_tokens), inverse(0xffffffffu / page_tokens) {}
+  // The entry of the page table.
+  DEVICE_FUNCTION u32 operator()(u32 position) const { return (u32)((u64)(position + 1) * inverse >> 32); }
+  DEVICE_FUNCTION u32 row(u32 page, u32 head, u32 position, u32 kv_heads) const {
+    return (page * kv_heads + head - (*this)(position)) * page_tokens + position;
+  }
+};
+
 // Below every score.
 #define NONE (-3e38f)
 
@@ -13,8 +25,11 @@ struct Tile { u32 first, rows, seq, position; };  // rows of one span, and the p
 // The tile's rows; none where there are fewer tiles. Whole warps call: a lane looks at one span of 32.
 DEVICE Tile find_tile(const u32* live, const uint4* spans, u32 tile, u32 tile_rows) {
   u32 lane = threadIdx.x % 32, count = live[2];
+  auto look = [&](u32 at) { return at < count ? spans[at] : make_uint4(0, 0, 0, 0); };
+  uint4 next = look(lane);
   for (u32 first = 0; first < count; first += 32) {
-    uint4 span = first + lane < count ? spans[first + lane] : make_uint4(0, 0, 0, 0);
+    uint4 span = next;
+    next = look(first + 32 + lane);
     u32 tiles = (span.y + tile_rows - 1) / tile_rows, end = tiles;
 #pragma unroll
     for (u32 by = 1; by < 32; by *= 2) {

@@ -87,6 +87,13 @@ DEVICE u32 bf16x2_multiply(u32 a, u32 b) {
   return product;
 }
 
+// 2^x within two units in the last place, 0 where that is subnormal (PTX ISA, ex2).
+DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 16 bytes that are read once: they leave what is in the first-level cache alone.
 DEVICE uint4 stream16(const void* p) {
   uint4 v;

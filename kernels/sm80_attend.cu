@@ -1,18 +1,18 @@
 // sm80_attend: as attend, on tensor cores: q in bf16, keys and values in bf16, or in E4M3, which bf16 holds. A weight is
 // the sum of three bf16 numbers, so that it keeps its 24 bits. Reference: reference::attend
-// A block has a tile of QUERIES / group rows of one span with the `group` query heads of one kv head, a warp 16 queries.
-// grid (tiles, kv heads, splits). Shared memory: queries, keys, values, each 64 rows of DIM bf16 and 16 bytes.
+// A block has a tile of QUERIES / group rows of one span with the `group` query heads of one kv head. A warp has 16 of its
+// queries; where there are no more than 16, as in decoding, and `may_share`, SHARERS warps have all of them and 16 positions
+// each of every chunk: then sums depend on how many rows a span has. grid (tiles, kv heads, splits), the last tiles first, as
+// they have the longest contexts.
+// Shared memory: of bf16 caches two chunks of keys and of values, one is copied while the other is used, each CHUNK rows of
+// DIM bf16 and 16 bytes; of E4M3 one such, and one as it is in the cache. Then the sums of the sharers, in the same place.
 
-#define QUERIES 64
+#define QUERIES 128
 #define CHUNK 64
-
-// Eight elements of a row of the cache, as bf16.
-DEVICE uint4 eight(const void* cache, u32 dtype, size_t at) {
-  if (dtype == BF16) return *(const uint4*)((const u16*)cache + at);
-  Four a = load4(cache, E4M3, at), b = load4(cache, E4M3, at + 4);
-  return make_uint4(bf16x2_encode(a.x[0], a.x[1]), bf16x2_encode(a.x[2], a.x[3]), bf16x2_encode(b.x[0], b.x[1]),
-                    bf16x2_encode(b.x[2], b.x[3]));
-}
+#define THREADS 256
+#define SHARERS 4
+// Below every score that is not scaled yet, and far from infinity when it is.
+#define LEAST_SCORE (-1e30f)
 
 // The bf16 parts of two numbers; what is left of them stays.
 DEVICE u32 take_part(float& low, float& high) {
@@ -22,127 +22,238 @@ DEVICE u32 take_part(float& low, float& high) {
   return pair;
 }
 
-template <int DIM>
-DEVICE void attend_mma(const u32* live, const u16* q, const void* k, const void* v, u32 cache, const u32* page_table,
-                       u32 pages, const uint4* spans, float* parts, u32 group, u32 kv_heads, u32 page_tokens,
-                       float scale) {
-  dependency_wait();
-  LAUNCH_SHARED(shared);
-  const u32 PITCH = 2 * DIM + 16, VECTORS = DIM / 8;
-  u8 *queries = shared, *keys = queries + QUERIES * PITCH, *values = keys + CHUNK * PITCH;
-  u32 tile_rows = QUERIES / group, head = blockIdx.y, splits = gridDim.z, q_heads = kv_heads * group;
-  Tile tile = find_tile(live, spans, blockIdx.x, tile_rows);
-  if (tile.rows == 0) return;
-  u32 context = tile.position + tile.rows;
-  Part part = find_part(context, splits, CHUNK, blockIdx.z);
-  u32 begin = part.begin, end = part.end;
-  if (begin == end) return;
-  u32 count = tile.rows * group, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// What a warp has found so far. Of its 16 queries a lane has lane / 4 and 8 further on: the largest score before it is
+// scaled, its own share of the norm, and two of eight elements of each sum.
+template <int DIM> struct Found { float largest[2], norm[2], sums[DIM / 8][4]; };
 
-  for (u32 i = threadIdx.x; i < QUERIES * VECTORS; i += blockDim.x) {
-    u32 query = i / VECTORS, d = i % VECTORS * 8;
-    size_t at = ((size_t)(tile.first + query / group) * q_heads + head * group + query % group) * DIM + d;
-    uint4 own = query < count ? *(const uint4*)(q + at) : make_uint4(0, 0, 0, 0);
-    *(uint4*)(queries + query * PITCH + 2 * d) = own;
+// COUNT positions from `first` on; the lane's row of their keys for load_matrices is at `keys`, that of the values CHUNK rows
+// behind. All of the warp's queries see those below `seen`, and query i those below limit(i). A weight is 2^(factor score).
+template <int COUNT, int DIM, class F>
+DEVICE void add_positions(Found<DIM>& found, const u32 (&queries)[DIM / 16][4], u32 keys, u32 first, u32 seen,
+                          F limit, float factor) {
+  const u32 PITCH = 2 * DIM + 16, values = keys + CHUNK * PITCH, lane = threadIdx.x % 32;
+  float scores[COUNT / 8][4] = {};
+#pragma unroll
+  for (u32 d = 0; d < DIM; d += 16) {
+#pragma unroll
+    for (u32 t = 0; t < COUNT; t += 16) {
+      u32 four[4];
+      load_matrices(four, keys + t * PITCH + 2 * d);
+      u32 left[2] = {four[0], four[2]}, right[2] = {four[1], four[3]};
+      mma_bf16(scores[t / 8], queries[d / 16], left);
+      mma_bf16(scores[t / 8 + 1], queries[d / 16], right);
+    }
   }
-  // Of 16 queries a lane has those of rows lane / 4 and 8 further on.
-  float largest[2] = {NONE, NONE}, norm[2] = {0.0f, 0.0f}, sums[DIM / 8][4] = {};
-  u32 q_at = shared_address(queries) + (warp * 16 + lane % 16) * PITCH + lane / 16 * 16;
-  u32 k_at = shared_address(keys) + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16;
-  u32 v_at = shared_address(values) + (lane % 8 + lane / 8 % 2 * 8) * PITCH + lane / 16 * 16;
-
-  for (u32 first = begin; first < end; first += CHUNK) {
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < CHUNK * VECTORS; i += blockDim.x) {
-      u32 t = i / VECTORS, d = i % VECTORS * 8;
-      // Behind the end the last position stands in, and weighs nothing.
-      u32 position = min(first + t, end - 1);
-      u32 page = page_table[(size_t)tile.seq * pages + position / page_tokens];
-      size_t at = kv_row(page, head, position, kv_heads, page_tokens) * DIM + d;
-      *(uint4*)(keys + t * PITCH + 2 * d) = eight(k, cache, at);
-      *(uint4*)(values + t * PITCH + 2 * d) = eight(v, cache, at);
-    }
-    __syncthreads();
-    if (warp * 16 >= count) continue;
-    float scores[CHUNK / 8][4] = {};
-#pragma unroll
-    for (u32 d = 0; d < DIM; d += 16) {
-      u32 qs[4];
-      load_matrices(qs, q_at + 2 * d);
-#pragma unroll
-      for (u32 t = 0; t < CHUNK; t += 16) {
-        u32 four[4];
-        load_matrices(four, k_at + t * PITCH + 2 * d);
-        u32 left[2] = {four[0], four[1]}, right[2] = {four[2], four[3]};
-        mma_bf16(scores[t / 8], qs, left);
-        mma_bf16(scores[t / 8 + 1], qs, right);
-      }
-    }
+  if (first + COUNT > seen) {
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
-      u32 own = tile.position + (warp * 16 + lane / 4 + 8 * half) / group;
-      float most = largest[half];
+      u32 own = limit(lane / 4 + 8 * half);
 #pragma unroll
-      for (u32 i = 0; i < CHUNK / 4; i++) {
-        u32 at = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        float& score = scores[i / 2][2 * half + i % 2];
-        score = at < end && at <= own ? score * scale : NONE;
-        most = fmaxf(most, score);
+      for (u32 i = 0; i < COUNT / 4; i++) {
+        bool is_seen = first + i / 2 * 8 + lane % 4 * 2 + i % 2 < own;
+        if (!is_seen) scores[i / 2][2 * half + i % 2] = __uint_as_float(0xff800000u);
       }
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      float correction = exp_f32(largest[half] - most), weights = 0.0f;
-      largest[half] = most;
-#pragma unroll
-      for (u32 i = 0; i < CHUNK / 4; i++) {
-        float& score = scores[i / 2][2 * half + i % 2];
-        score = score == NONE ? 0.0f : exp_f32(score - most);
-        weights += score;
-      }
-      norm[half] = fmaf(norm[half], correction, weights);
-#pragma unroll
-      for (int i = 0; i < DIM / 8; i++) sums[i][2 * half] *= correction, sums[i][2 * half + 1] *= correction;
     }
+  }
+  float most[2];
 #pragma unroll
-    for (u32 t = 0; t < CHUNK; t += 16) {
-      float(&left)[4] = scores[t / 8], (&right)[4] = scores[t / 8 + 1];
+  for (u32 half = 0; half < 2; half++) {
+    most[half] = found.largest[half];
 #pragma unroll
-      for (int i = 0; i < 3; i++) {
-        u32 weights[4] = {take_part(left[0], left[1]), take_part(left[2], left[3]), take_part(right[0], right[1]),
-                          take_part(right[2], right[3])};
+    for (u32 i = 0; i < COUNT / 4; i++) most[half] = fmaxf(most[half], scores[i / 2][2 * half + i % 2]);
+    most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], 1));
+    most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], 2));
+  }
+  if (__ballot_sync(0xffffffffu, most[0] > found.largest[0] || most[1] > found.largest[1]) != 0) {
 #pragma unroll
-        for (u32 d = 0; d < DIM; d += 16) {
-          u32 four[4];
-          load_matrices_transposed(four, v_at + t * PITCH + 2 * d);
-          u32 low[2] = {four[0], four[1]}, high[2] = {four[2], four[3]};
-          mma_bf16(sums[d / 8], weights, low);
-          mma_bf16(sums[d / 8 + 1], weights, high);
-        }
-      }
+    for (u32 half = 0; half < 2; half++) {
+      float correction = exp2_approx((found.largest[half] - most[half]) * factor);
+      found.largest[half] = most[half];
+      found.norm[half] *= correction;
+#pragma unroll
+      for (int i = 0; i < DIM / 8; i++) found.sums[i][2 * half] *= correction, found.sums[i][2 * half + 1] *= correction;
     }
   }
 #pragma unroll
   for (u32 half = 0; half < 2; half++) {
-    u32 query = warp * 16 + lane / 4 + 8 * half;
-    float all = norm[half] + __shfl_xor_sync(0xffffffffu, norm[half], 1);
-    all += __shfl_xor_sync(0xffffffffu, all, 2);
-    if (query < count) {
-      size_t row = tile.first + query / group;
-      float* to = parts + ((row * q_heads + head * group + query % group) * splits + blockIdx.z) * (DIM + PART_TAIL);
+    float behind = -most[half] * factor, weights = 0.0f;
 #pragma unroll
-      for (u32 i = 0; i < DIM / 4; i++) to[i / 2 * 8 + lane % 4 * 2 + i % 2] = sums[i / 2][2 * half + i % 2];
-      if (lane % 4 == 0) to[DIM] = largest[half], to[DIM + 1] = all, to[DIM + 2] = __uint_as_float(part.count);
+    for (u32 i = 0; i < COUNT / 4; i++) {
+      float& score = scores[i / 2][2 * half + i % 2];
+      score = exp2_approx(fmaf(score, factor, behind));
+      weights += score;
+    }
+    found.norm[half] += weights;
+  }
+#pragma unroll
+  for (u32 t = 0; t < COUNT; t += 16) {
+    float(&left)[4] = scores[t / 8], (&right)[4] = scores[t / 8 + 1];
+    u32 parts[3][4];
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+      parts[i][0] = take_part(left[0], left[1]), parts[i][1] = take_part(left[2], left[3]);
+      parts[i][2] = take_part(right[0], right[1]), parts[i][3] = take_part(right[2], right[3]);
+    }
+#pragma unroll
+    for (u32 d = 0; d < DIM; d += 16) {
+      u32 four[4];
+      load_matrices_transposed(four, values + t * PITCH + 2 * d);
+      u32 low[2] = {four[0], four[1]}, high[2] = {four[2], four[3]};
+#pragma unroll
+      for (int i = 0; i < 3; i++) {
+        mma_bf16(found.sums[d / 8], parts[i], low);
+        mma_bf16(found.sums[d / 8 + 1], parts[i], high);
+      }
     }
   }
 }
 
-#define ATTEND_MMA(name, DIM) \
-  KERNEL(128, 1) name(const u32* live, const u16* q, u32, const void* k, const void* v, u32 cache, \
-                      const u32* page_table, u32 pages, const uint4* spans, float* parts, u32 group, u32 kv_heads, \
-                      u32, u32 page_tokens, float scale) { \
-    attend_mma<DIM>(live, q, k, v, cache, page_table, pages, spans, parts, group, kv_heads, page_tokens, scale); \
+template <int DIM, bool ARE_CODES>
+DEVICE void attend_mma(const u32* live, const u16* q, u32 may_share, const u8* k, const u8* v, const u32* page_table,
+                       u32 pages, const uint4* spans, float* parts, u32 group, u32 kv_heads, u32 page_tokens,
+                       float scale) {
+  LAUNCH_SHARED(shared);
+  // Bytes of a row in shared memory, of a chunk of keys, of keys and values; of a row in the cache. A thread copies a
+  // vector of 16 bytes of COPIED rows of a chunk, STRIDE rows apart.
+  const u32 PITCH = 2 * DIM + 16, SIDE = CHUNK * PITCH, PAIR = 2 * SIDE, BYTES = ARE_CODES ? DIM : 2 * DIM;
+  const u32 VECTORS = BYTES / 16, STRIDE = THREADS / VECTORS, COPIED = CHUNK / STRIDE;
+  u32 head = blockIdx.y, splits = gridDim.z, q_heads = kv_heads * group;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Spans and the page table are nobody's output: they are read while the kernel before runs.
+  Tile tile = find_tile(live, spans, gridDim.x - 1 - blockIdx.x, QUERIES / group);
+  Part part = find_part(tile.position + tile.rows, splits, CHUNK, blockIdx.z);
+  u32 end = part.end, page[COPIED];
+  bool is_idle = tile.rows == 0 || part.begin == end;
+  PageOf page_of(page_tokens);
+  // Behind the end the last position stands in.
+  auto position_of = [&](u32 first, u32 i) { return min(first + threadIdx.x / VECTORS + i * STRIDE, end - 1); };
+  auto find_pages = [&](u32 first) {
+#pragma unroll
+    for (u32 i = 0; i < COPIED; i++) page[i] = page_table[(size_t)tile.seq * pages + page_of(position_of(first, i))];
+  };
+  if (!is_idle) find_pages(part.begin);
+  dependency_wait();
+  if (is_idle) return;
+
+  // Keys, and values `side` bytes behind; zeros behind the end.
+  auto copy = [&](u32 first, u32 to, u32 pitch, u32 side) {
+#pragma unroll
+    for (u32 i = 0; i < COPIED; i++) {
+      u32 t = threadIdx.x / VECTORS + i * STRIDE, byte = threadIdx.x % VECTORS * 16;
+      u32 position = position_of(first, i), row = page_of.row(page[i], head, position, kv_heads);
+      size_t from = (size_t)row * BYTES + byte;
+      copy16_async(to + t * pitch + byte, k + from, first + t < end);
+      copy16_async(to + side + t * pitch + byte, v + from, first + t < end);
+    }
+    copy_commit();
+  };
+  u32 base = shared_address(shared), codes = base + PAIR;
+  if (ARE_CODES) copy(part.begin, codes, DIM, CHUNK * DIM);
+  else copy(part.begin, base, PITCH, SIDE);
+  find_pages(part.begin + CHUNK);
+
+  u32 count = tile.rows * group;
+  bool is_shared = may_share && count <= 16;
+  u32 own = is_shared ? 0 : warp * 16, behind = is_shared ? warp * 16 : 0;
+  bool is_used = is_shared ? warp < SHARERS : own < count;
+  // The query's row of q, as of heads.
+  auto row_of = [&](u32 query) { return (tile.first + query / group) * q_heads + head * group + query % group; };
+  u32 queries[DIM / 16][4];
+#pragma unroll
+  for (u32 half = 0; half < 2; half++) {
+    u32 query = own + lane / 4 + 8 * half;
+    const u16* from = q + (size_t)row_of(query) * DIM;
+#pragma unroll
+    for (u32 i = 0; i < DIM / 8; i++) {
+      queries[i / 2][i % 2 * 2 + half] = query < count ? *(const u32*)(from + 8 * i + lane % 4 * 2) : 0;
+    }
+  }
+  auto limit = [&](u32 query) { return min(end, tile.position + (own + query) / group + 1); };
+  u32 seen = limit(0);
+  Found<DIM> found = {{LEAST_SCORE, LEAST_SCORE}, {0.0f, 0.0f}, {}};
+  float factor = scale * 1.44269504088896341f;
+  u32 lane_at = base + (behind + lane % 16) * PITCH + lane / 16 * 16;
+
+  u32 use = 0;
+  for (u32 first = part.begin; first < end; first += CHUNK) {
+    copy_wait<0>();
+    __syncthreads();
+    if (ARE_CODES) {
+      for (u32 i = threadIdx.x; i < 2 * CHUNK * DIM / 4; i += THREADS) {
+        Four four = load4(shared + PAIR, E4M3, 4 * i);
+        store4(shared + i / (DIM / 4) * PITCH, BF16, i % (DIM / 4) * 4, four);
+      }
+      __syncthreads();
+    }
+    u32 next = first + CHUNK;
+    if (next < end) {
+      if (ARE_CODES) copy(next, codes, DIM, CHUNK * DIM);
+      else copy(next, base + (PAIR - use), PITCH, SIDE);
+      find_pages(next + CHUNK);
+    }
+    if (is_shared && is_used) {
+      add_positions<16>(found, queries, lane_at + use, first + behind, seen, limit, factor);
+    } else if (is_used) {
+#pragma unroll 1
+      for (u32 t = 0; t < CHUNK && first + t < end; t += 32) {
+        add_positions<32>(found, queries, lane_at + use + t * PITCH, first + t, seen, limit, factor);
+      }
+    }
+    if (!ARE_CODES) use = PAIR - use;
+  }
+#pragma unroll
+  for (u32 half = 0; half < 2; half++) {
+    found.norm[half] += __shfl_xor_sync(0xffffffffu, found.norm[half], 1);
+    found.norm[half] += __shfl_xor_sync(0xffffffffu, found.norm[half], 2);
+  }
+  auto part_of = [&](u32 query) {
+    return parts + ((size_t)row_of(query) * splits + blockIdx.z) * (DIM + PART_TAIL);
+  };
+  // The sums of a query, its largest score, its norm.
+  float* all = (float*)shared;
+  const u32 WIDTH = DIM + PART_TAIL;
+  if (is_shared) __syncthreads();
+#pragma unroll
+  for (u32 half = 0; half < 2; half++) {
+    u32 query = own + lane / 4 + 8 * half;
+    if (query >= count || !is_used) continue;
+    float* to = is_shared ? all + (warp * 16 + query) * WIDTH : part_of(query);
+#pragma unroll
+    for (u32 i = 0; i < DIM / 4; i++) to[i / 2 * 8 + lane % 4 * 2 + i % 2] = found.sums[i / 2][2 * half + i % 2];
+    if (lane % 4 == 0) {
+      to[DIM] = found.largest[half] * scale, to[DIM + 1] = found.norm[half], to[DIM + 2] = __uint_as_float(part.count);
+    }
+  }
+  if (!is_shared) return;
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < count * DIM; i += THREADS) {
+    u32 query = i / DIM, d = i % DIM;
+    const float* of_query = all + query * WIDTH;
+    float largest = NONE, sum = 0.0f, norm = 0.0f;
+#pragma unroll
+    for (u32 j = 0; j < SHARERS; j++) largest = fmaxf(largest, of_query[j * 16 * WIDTH + DIM]);
+#pragma unroll
+    for (u32 j = 0; j < SHARERS; j++) {
+      const float* from = of_query + j * 16 * WIDTH;
+      float weight = exp_f32(from[DIM] - largest);
+      sum = fmaf(weight, from[d], sum), norm = fmaf(weight, from[DIM + 1], norm);
+    }
+    float* to = part_of(query);
+    to[d] = sum;
+    if (d == 0) to[DIM] = largest, to[DIM + 1] = norm, to[DIM + 2] = __uint_as_float(part.count);
+  }
+}
+
+#define ATTEND_MMA(name, DIM, ARE_CODES, BLOCKS) \
+  KERNEL(THREADS, BLOCKS) name(const u32* live, const u16* q, u32 may_share, const u8* k, const u8* v, \
+                               const u32* page_table, u32 pages, const uint4* spans, float* parts, u32 group, \
+                               u32 kv_heads, u32 page_tokens, float scale) { \
+    attend_mma<DIM, ARE_CODES>(live, q, may_share, k, v, page_table, pages, spans, parts, group, kv_heads, page_tokens, \
+                               scale); \
   } \
   ENTRY(name)
 
-ATTEND_MMA(sm80_attend_64, 64)
-ATTEND_MMA(sm80_attend_128, 128)
+ATTEND_MMA(sm80_attend_bf16_64, 64, false, 2)
+ATTEND_MMA(sm80_attend_bf16_128, 128, false, 1)
+ATTEND_MMA(sm80_attend_e4m3_64, 64, true, 2)
+ATTEND_MMA(sm80_attend_e4m3_128, 128, true, 1)

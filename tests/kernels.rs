@@ -11,7 +11,9 @@ use quaver_backends::cuda::compiler::{Assembled, Compiler, Entry};
 use quaver_backends::cuda::{Cuda, KERNELS, SCHEDULES, Variant, kernels_for};
 use quaver_core::bytes::Bytes;
 use quaver_core::e4m3;
-use quaver_core::op::{Act, Backend, BufDesc, Cols, DType, Extent, Op, Program, Scale, StaticScale, Weight};
+use quaver_core::op::{
+    Act, Backend, BufDesc, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, StaticScale, Weight,
+};
 
 /// What cards of each kind are compiled for, and PTX for those that are newer.
 const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_89", "sm_90a", "compute_89"];
@@ -118,6 +120,8 @@ fn kernels_are_right_under_every_schedule() {
         (Variant::Sm90, "linear::fp8_static_m17_n48_k2048"),
         (Variant::Sm90, "linear::fp8_per_token_m130_n33_k256"),
         (Variant::Sm80, "attend::f32_over_fp8_to_fp8_static_mixed_gqa4"),
+        (Variant::Sm80, TILED),
+        (Variant::Sm80, CODES),
         (Variant::Sm80, "abs_max::m17_k2048"),
     ] {
         for schedule in 0..SCHEDULES {
@@ -217,8 +221,61 @@ fn every_kernel_that_decodes_knows_all_256_codes_with_and_without_instructions_f
     }
 }
 
+/// What a prompt of 150 tokens attends to in bf16, in runs of so many rows, as words of f32.
+fn attended(mut device: Cuda, runs: &[u32]) -> quaver::Result<Vec<u32>> {
+    const M: usize = 150;
+    const HEADS: Heads = Heads { q: 4, kv: 1, dim: 64 };
+    // Of either sign, from a quarter to two.
+    let random = |salt: u32, count: usize| {
+        let bits = |i: u32| (i ^ salt << 20).wrapping_mul(0x9e37_79b1) >> 16;
+        (0..count as u32).map(|i| (bits(i) & 0x807f | (0x7d + bits(i) % 3) << 7) as u16).collect::<Vec<_>>()
+    };
+    let mut input = |name, dtype, rows, cols, bytes: &[u8]| {
+        let buf = device.alloc(&BufDesc::new(name, dtype, rows, cols))?;
+        device.write(buf, 0, bytes).map(|()| buf)
+    };
+    let mut first = 0;
+    let spans = runs.iter().flat_map(|&rows| {
+        first += rows;
+        [first - rows, rows, 0, first - rows]
+    });
+    let (words, rows, tokens) = (DType::U32, Extent::Rows(M), Extent::Fixed(160));
+    let (positions, pages): (Vec<u32>, Vec<u32>) = ((0..M as u32).collect(), (0..10).rev().collect());
+    let live = input("live", words, Extent::Fixed(1), 3, bytemuck::cast_slice(&[M as u32, 0, runs.len() as u32]))?;
+    let q = input("q", DType::Bf16, rows, 256, bytemuck::cast_slice(&random(1, M * 256)))?;
+    let k = input("k", DType::Bf16, tokens, 64, bytemuck::cast_slice(&random(2, 160 * 64)))?;
+    let v = input("v", DType::Bf16, tokens, 64, bytemuck::cast_slice(&random(3, 160 * 64)))?;
+    let who = Rows {
+        seq: input("seq", words, rows, 1, &[0; 4 * M])?,
+        position: input("position", words, rows, 1, bytemuck::cast_slice(&positions))?,
+        page_table: input("page_table", words, Extent::Fixed(4), 10, bytemuck::cast_slice(&pages))?,
+        spans: input("spans", words, Extent::Fixed(4), 4, bytemuck::cast_slice(&spans.collect::<Vec<_>>()))?,
+    };
+    let out = input("out", DType::F32, rows, 256, &[])?;
+    let kv = Kv { k, v, page_tokens: 16, scales: None };
+    let mut program = Program::new(M, 0, live);
+    program.push("attend", Op::Attend { q, rows: who, heads: HEADS, kv, out: Act::Real(out) });
+    let plan = device.record(&program)?;
+    device.run(plan)?;
+    let mut bytes = vec![0; M * 256 * 4];
+    device.read(out, 0, &mut bytes)?;
+    Ok(bytemuck::pod_collect_to_vec(&bytes))
+}
+
+#[test]
+fn what_a_row_attends_to_does_not_depend_on_how_a_prompt_was_cut_where_that_is_asked_for() {
+    let run = |is_asked_for: bool, runs: &[u32]| {
+        let device = Cuda::emulated(Variant::Sm80, 0).unwrap();
+        attended(if is_asked_for { device.deterministic() } else { device }, runs).unwrap()
+    };
+    for is_asked_for in [true, false] {
+        let is_same = run(is_asked_for, &[150]) == run(is_asked_for, &[37, 111, 2]);
+        assert_eq!(is_same, is_asked_for);
+    }
+}
+
 /// A kernel, a case that runs it, and what is left out of it or put in its place.
-const PLANTED: [(&str, Variant, &str, &str, &str); 22] = [
+const PLANTED: [(&str, Variant, &str, &str, &str); 25] = [
     ("quantize", Variant::Sm80, "quantize::fp8_per_token_m17_k2048", "= x;\n  __syncthreads();", "= x;"),
     ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "at);\n    __syncthreads();", "at);"),
     ("linear", Variant::Sm80, "linear::f32_x_f32_m17_n49_k256", "}\n    __syncthreads();", "}"),
@@ -239,9 +296,12 @@ const PLANTED: [(&str, Variant, &str, &str, &str); 22] = [
     // The block of a tile that adds up the parts comes before the last.
     ("sm90_linear_e4m3", Variant::Sm90, SPLIT, "*before + 1 < count", "*before + 2 != count"),
     ("attend", Variant::Sm80, "attend::decode_m3_ctx129_gqa4", "__syncwarp();", ""),
-    ("sm80_attend", Variant::Sm80, TILED, "CHUNK) {\n    __syncthreads();", "CHUNK) {"),
-    ("sm80_attend", Variant::Sm80, TILED, "}\n    __syncthreads();\n    if (warp", "}\n    if (warp"),
-    ("sm80_gemv", Variant::Sm80, FEW, "__syncthreads();\n  if (!is_mine)", "if (!is_mine)"),
+    ("sm80_attend", Variant::Sm80, TILED, "copy_wait<0>();", ""),
+    ("sm80_attend", Variant::Sm80, TILED, "copy_wait<0>();\n    __syncthreads();", "copy_wait<0>();"),
+    ("sm80_attend", Variant::Sm80, CODES, "}\n      __syncthreads();", "}"),
+    ("sm80_attend", Variant::Sm80, TILED, "if (is_shared) __syncthreads();", ""),
+    ("sm80_attend", Variant::Sm80, TILED, "if (!is_shared) return;\n  __syncthreads();", "if (!is_shared) return;"),
+    ("sm80_gemv", Variant::Sm80, FEW, "__syncthreads();\n  if (row >= ROWS)", "if (row >= ROWS)"),
     // Lanes without a share leave before the warp's sum.
     (
         "linear_gemv",
@@ -257,7 +317,8 @@ const PLANTED: [(&str, Variant, &str, &str, &str); 22] = [
     ("sample", Variant::Sm80, SAMPLED, "= own;\n    });\n    __syncthreads();", "= own;\n    });"),
 ];
 const FEW: &str = "linear::fp8_static_x_fp8_add_m5_n7_k37";
-const TILED: &str = "attend::bf16_over_bf16_to_f32_mixed_gqa4";
+const TILED: &str = "attend::bf16_over_bf16_prefill_70_rows_behind_100";
+const CODES: &str = "attend::bf16_over_fp8_prefill_70_rows_behind_100";
 const SAMPLED: &str = "sample::everything_w17";
 const SHORT: &str = "linear::fp8_static_x_fp8_m17_n49_k256";
 const LONG: &str = "linear::all_positive_m70_n33_k8192";

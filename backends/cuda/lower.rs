@@ -15,7 +15,8 @@ const QUERIES: u32 = 16;
 const CHUNK: u32 = 32;
 const MOST_DIM: usize = 256;
 /// The same of a tile on tensor cores (`sm80_attend.cu`).
-const MMA_QUERIES: u32 = 64;
+const MMA_QUERIES: u32 = 128;
+const MMA_CHUNK: u32 = 64;
 /// Bytes of k that `linear_wgmma.cuh` takes at a time.
 const WGMMA_DEPTH: u32 = 128;
 /// What a part of a context leaves behind its sums (`paging.cuh`).
@@ -377,18 +378,22 @@ impl<'a> Lower<'a> {
         let Heads { q: q_heads, kv: kv_heads, dim } = heads;
         let (group, m) = ((q_heads / kv_heads) as u32, self.rows(q));
         let cache = self.layouts.desc(kv.k).dtype;
-        // Tensor cores want tiles of many rows, and bf16.
+        // Tensor cores want bf16.
         let is_bf16 = self.layouts.desc(q).dtype == DType::Bf16 && cache != DType::F32;
-        let is_tiled = is_bf16 && matches!(dim, 64 | 128) && MMA_QUERIES.is_multiple_of(group);
-        let queries = |m: u32| if is_tiled && m > GEMV_ROWS { MMA_QUERIES } else { QUERIES };
+        let is_mma = is_bf16 && matches!(dim, 64 | 128);
+        let queries = if is_mma { MMA_QUERIES } else { QUERIES };
         if dim > MOST_DIM || group > QUERIES {
             return Err(format!(
                 "heads of {dim} elements in groups of {group}; at most {MOST_DIM} and {QUERIES} are supported"
             ));
         }
         let context = self.cols(rows.page_table) * kv.page_tokens as u32;
+        // What `PageOf` divides exactly (`paging.cuh`).
+        if u64::from(context) * kv.page_tokens as u64 > u64::from(u32::MAX) {
+            return Err(format!("contexts of {context} tokens in pages of {}", kv.page_tokens));
+        }
         let cut = |m: u32| {
-            let tile = queries(m) / group;
+            let tile = queries / group;
             let spans = m.min(self.layouts.desc(rows.spans).rows.capacity() as u32);
             let tiles = (m + spans * (tile - 1)) / tile;
             (tiles, self.tuning.splits(tiles * kv_heads as u32, context))
@@ -401,34 +406,31 @@ impl<'a> Lower<'a> {
         let parts = Arg::Scratch(4 * part_rows * (q_heads * (dim + PART_TAIL)) as u64);
         let [k_scale, v_scale] = kv.scales.map_or([1.0; 2], |(k, v)| [k.scale, v.scale]);
         let factor = (f64::from(k_scale) / (dim as f64).sqrt()) as f32;
-        let args = vec![
-            Arg::Buf(self.program.live),
-            Arg::Buf(q),
-            self.code(q),
-            Arg::Buf(kv.k),
-            Arg::Buf(kv.v),
-            self.code(kv.k),
-            Arg::Buf(rows.page_table),
-            self.columns(rows.page_table),
-            Arg::Buf(rows.spans),
-            parts,
-            Arg::U32(group),
-            Arg::U32(kv_heads as u32),
-            Arg::U32(dim as u32),
-            Arg::U32(kv.page_tokens as u32),
-            Arg::F32(factor),
-        ];
         let (width, grid) = (dim.next_multiple_of(16) as u32, [tiles, kv_heads as u32, splits]);
-        let attend = if queries(m) == MMA_QUERIES {
-            let shared = 3 * MMA_QUERIES * (2 * width + 16);
-            Kernel { entry: format!("sm80_attend_{dim}"), shared, ..Kernel::new("sm80_attend", grid, 128, args) }
+        let (live, [q_arg, k, v]) = (Arg::Buf(self.program.live), [q, kv.k, kv.v].map(Arg::Buf));
+        let who = [Arg::Buf(rows.page_table), self.columns(rows.page_table), Arg::Buf(rows.spans), parts];
+        let [group, kv_heads, dim_arg, page] =
+            [group, kv_heads as u32, dim as u32, kv.page_tokens as u32].map(Arg::U32);
+        let attend = if is_mma {
+            let may_share = Arg::U32(u32::from(self.tuning.most_splits > 1));
+            let tail = [group, kv_heads, page, Arg::F32(factor)];
+            let args = [&[live, q_arg, may_share, k, v], &who[..], &tail].concat();
+            let pair = 2 * MMA_CHUNK * (2 * width + 16);
+            let (name, shared) = match cache {
+                DType::E4m3 => ("e4m3", pair + 2 * MMA_CHUNK * width),
+                _ => ("bf16", 2 * pair),
+            };
+            Kernel { entry: format!("sm80_attend_{name}_{dim}"), shared, ..Kernel::new("sm80_attend", grid, 256, args) }
         } else {
+            let tail = [group, kv_heads, dim_arg, page, Arg::F32(factor)];
+            let args = [&[live, q_arg, self.code(q), k, v, self.code(kv.k)], &who[..], &tail].concat();
             let shared = 4 * (QUERIES * width + CHUNK * (width + 4) + CHUNK * width + QUERIES * CHUNK);
             Kernel { shared, ..Kernel::new("attend", grid, 128, args) }
         };
-        let merge = [parts, Arg::U32(dim as u32), Arg::U32(splits), Arg::F32(v_scale)];
-        let shared = 4 * q_heads as u32 * (splits + 1);
-        Ok(vec![attend, Kernel { shared, ..self.rows_kernel("attend_merge", q, out, &merge) }])
+        let merge = [parts, dim_arg, Arg::U32(splits), Arg::F32(v_scale)];
+        // Four columns a thread.
+        let threads = ((q_heads * dim).div_ceil(4) as u32).next_multiple_of(32).min(1024);
+        Ok(vec![attend, Kernel { threads, ..self.rows_kernel("attend_merge", q, out, &merge) }])
     }
 }
 

@@ -169,6 +169,13 @@ DEVICE u32 bf16x2_multiply(u32 a, u32 b) {
   return bf16x2_encode(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                        __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u));
 }
+// As far off as cards may be, by as many units as the bits of x happen to say.
+DEVICE float exp2_approx(float x) {
+  float y = exp2f(x);
+  if (y < 1.17549435e-38f) return 0.0f;
+  if (x == 0.0f || !(y < 1e38f)) return y;
+  return __uint_as_float(__float_as_uint(y) + (__float_as_uint(x) * 0x9e3779b1u >> 16) % 5 - 2);
+}
 DEVICE float4 load_shared_by_blocks(const float4* p) { return *p; }
 DEVICE uint4 stream16(const void* p) { return *(const uint4*)p; }
 

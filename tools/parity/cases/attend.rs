@@ -88,6 +88,17 @@ pub fn add(list: &mut List) {
     plain("decode_ctx40001".into(), long);
     plain("prefill_130_rows".into(), Shape { spans: &[(0, 130)], ..PLAIN });
     plain("prefill_70_rows_behind_300".into(), Shape { spans: &[(300, 70)], cache: Cache::Fp8, ..PLAIN });
+    // Tiles of many queries, and decode rows beside them; a group that is no power of two, and wide heads.
+    for cache in [Cache::Bf16, Cache::Fp8] {
+        let (name, spans) = (cache.name(), &[(100, 70), (180, 1)]);
+        let shape = Shape { q: DType::Bf16, cache, spans, heads: Heads { q: 4, kv: 1, dim: 64 }, ..PLAIN };
+        plain(format!("bf16_over_{name}_prefill_70_rows_behind_100"), shape);
+        plain(
+            format!("bf16_over_{name}_mixed_q6_kv2_dim128"),
+            Shape { spans: MIXED, heads: Heads { q: 6, kv: 2, dim: 128 }, ..shape },
+        );
+        plain(format!("bf16_over_{name}_mixed_page48"), Shape { spans: MIXED, page_tokens: 48, ..shape });
+    }
     plain("two_sequences_share_pages".into(), Shape { spans: &[(64, 9), (70, 3)], shared: 4, ..PLAIN });
     plain("scores_of_all_sizes".into(), Shape { sharpness: 25.0, ..PLAIN });
     plain("no_rows".into(), Shape { spans: &[], ..PLAIN });
