@@ -1,28 +1,46 @@
 // attend_merge: the rows of attend from their parts, cols = q heads x dim. Reference: reference::attend
-// parts: [m, q heads, splits, dim + PART_TAIL] f32: sums, largest score, norm, parts in use. grid (m), a block a row, whose
-// threads take four columns each at a time.
+// parts: [m, q heads, splits, dim + PART_TAIL] f32: sums, largest score, norm, parts in use. grid (m, blocks a row): see
+// act.cuh; a thread takes four columns at a time.
+
+// Parts whose numbers are loaded at once.
+#define AT_ONCE 8
 
 // N columns of a head from its column d on; `own` is its first part.
 template <int N>
 DEVICE void merge(float (&y)[N], const float* own, u32 count, u32 dim, u32 d, float v_scale) {
   u32 stride = dim + PART_TAIL;
   float largest = NONE, norm = 0.0f, sums[N] = {};
-#pragma unroll 4
-  for (u32 s = 0; s < count; s++) largest = fmaxf(largest, own[s * stride + dim]);
-#pragma unroll 4
-  for (u32 s = 0; s < count; s++) {
-    const float* part = own + s * stride;
-    float weight = exp_f32(part[dim] - largest);
-    norm = fmaf(weight, part[dim + 1], norm);
-    Four own_sums = N == 4 ? load4(part, F32, d) : Four{{part[d]}};
+  for (u32 first = 0; first < count; first += AT_ONCE) {
+    float scores[AT_ONCE], norms[AT_ONCE], most = largest;
+    Four columns[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < N; i++) sums[i] = fmaf(weight, own_sums.x[i], sums[i]);
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      // Behind the last part it stands in, and weighs nothing.
+      const float* part = own + min(first + i, count - 1) * stride;
+      scores[i] = first + i < count ? part[dim] : NONE;
+      norms[i] = part[dim + 1];
+      columns[i] = N == 4 ? load4(part, F32, d) : Four{{part[d]}};
+    }
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; i++) most = fmaxf(most, scores[i]);
+    float correction = exp_f32(largest - most);
+    largest = most;
+    norm *= correction;
+#pragma unroll
+    for (int i = 0; i < N; i++) sums[i] *= correction;
+#pragma unroll
+    for (u32 s = 0; s < AT_ONCE; s++) {
+      float weight = first + s < count ? exp_f32(scores[s] - most) : 0.0f;
+      norm = fmaf(weight, norms[s], norm);
+#pragma unroll
+      for (int i = 0; i < N; i++) sums[i] = fmaf(weight, columns[s].x[i], sums[i]);
+    }
   }
 #pragma unroll
   for (int i = 0; i < N; i++) y[i] = sums[i] * v_scale / norm;
 }
 
-KERNEL(1024, 1) attend_merge(const u32* live, u32 axis, void* out, float* out_scale, float inv, u32 dtype, u32 cols,
+KERNEL(256, 1) attend_merge(const u32* live, u32 axis, void* out, float* out_scale, float inv, u32 dtype, u32 cols,
                              const float* parts, u32 dim, u32 splits, float v_scale) {
   SHARED(float, scratch, 32);
   dependency_wait();

@@ -123,10 +123,7 @@ impl<'a> Lower<'a> {
             Op::Attend { q, rows, heads, kv, out } => self.attend(q, rows, heads, kv, out)?,
             Op::SwiGlu { gate_up, out } => {
                 let kernel = self.rows_kernel("swiglu", gate_up, out, &[Arg::Buf(gate_up), self.code(gate_up)]);
-                // A row's own scale is known to one block.
-                let is_whole = matches!(out, Act::Fp8 { scale: Scale::PerToken(_), .. });
-                let blocks = if is_whole { 1 } else { self.row_blocks(self.cols(out.bufs()[0])) };
-                vec![Kernel { grid: [kernel.grid[0], blocks, 1], ..kernel }]
+                vec![self.spread(kernel, out)]
             }
             Op::Gather { x, wanted, out } => {
                 let args = [live, Arg::Buf(wanted), Arg::Buf(x), Arg::Buf(out), self.columns(out)];
@@ -195,9 +192,21 @@ impl<'a> Lower<'a> {
         Kernel::new(file, [self.rows(data), 1, 1], 256, [&act[..], args].concat())
     }
 
-    /// Blocks of 256 threads that a row of so many columns is spread over, four columns a thread: few rows leave a card idle.
-    fn row_blocks(&self, cols: u32) -> u32 {
-        cols.div_ceil(4 * 256)
+    /// A kernel of [`Self::rows_kernel`] whose rows are spread over blocks, unless they have scales, which one block finds.
+    fn spread(&self, kernel: Kernel, out: Act) -> Kernel {
+        match out {
+            Act::Fp8 { scale: Scale::PerToken(_), .. } => kernel,
+            _ => self.spread_columns(kernel, self.cols(out.bufs()[0])),
+        }
+    }
+
+    /// A kernel of a block a row of so many columns, four a thread, with as many blocks a row as few rows need to fill the card:
+    /// of 64 threads at least.
+    fn spread_columns(&self, kernel: Kernel, cols: u32) -> Kernel {
+        let (rows, groups) = (kernel.grid[0], cols.div_ceil(4));
+        let blocks = (4 * self.tuning.processors / rows.max(1)).min(groups.div_ceil(64)).max(1);
+        let threads = groups.div_ceil(blocks).next_multiple_of(32).min(256);
+        Kernel { grid: [rows, blocks, 1], threads, ..kernel }
     }
 
     fn linear(&self, x: Act, w: Weight, out: Cols, add: bool, fold: Option<&Op>) -> Kernel {
@@ -324,8 +333,8 @@ impl<'a> Lower<'a> {
     fn rope_append(&self, qkv: Buf, rope: Buf, rows: Rows, heads: Heads, q: Buf, kv: Kv) -> Kernel {
         let args = [Arg::Buf(self.program.live), Arg::Buf(qkv), self.code(qkv)];
         let args = [&args[..], &self.heads(rope, rows, heads, q, kv)].concat();
-        let blocks = self.row_blocks(((heads.q + 2 * heads.kv) * heads.dim.next_multiple_of(4)) as u32);
-        Kernel::new("rope_append", [self.rows(q), blocks, 1], 256, args)
+        let kernel = Kernel::new("rope_append", [self.rows(q), 1, 1], 256, args);
+        self.spread_columns(kernel, ((heads.q + 2 * heads.kv) * heads.dim.next_multiple_of(4)) as u32)
     }
 
     /// The arguments of `heads.cuh`.
@@ -428,9 +437,7 @@ impl<'a> Lower<'a> {
             Kernel { shared, ..Kernel::new("attend", grid, 128, args) }
         };
         let merge = [parts, dim_arg, Arg::U32(splits), Arg::F32(v_scale)];
-        // Four columns a thread.
-        let threads = ((q_heads * dim).div_ceil(4) as u32).next_multiple_of(32).min(1024);
-        Ok(vec![attend, Kernel { threads, ..self.rows_kernel("attend_merge", q, out, &merge) }])
+        Ok(vec![attend, self.spread(self.rows_kernel("attend_merge", q, out, &merge), out)])
     }
 }
 
