@@ -115,7 +115,9 @@ impl<'a> Lower<'a> {
                 vec![Kernel::new("embed", [self.rows(out), 1, 1], 256, args)]
             }
             Op::RmsNorm { x, gamma, eps, out } => {
-                vec![self.rows_kernel("rms_norm", x, out, &[Arg::Buf(x), Arg::Buf(gamma), Arg::F32(eps)])]
+                let kernel = self.rows_kernel("rms_norm", x, out, &[Arg::Buf(x), Arg::Buf(gamma), Arg::F32(eps)]);
+                let threads = self.cols(x).div_ceil(4).next_multiple_of(32).min(1024);
+                vec![Kernel { threads, ..kernel }]
             }
             Op::Quantize { x, out } => vec![self.rows_kernel("quantize", x, out, &[Arg::Buf(x)])],
             Op::Linear { x, w, out, add } => vec![self.linear(x, w, out, add, fold)],
