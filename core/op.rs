@@ -544,6 +544,12 @@ pub trait Backend: Send {
     /// Waits for a copy, and for nothing that was queued behind it; `into` has the size that was asked for.
     fn take(&mut self, fetch: Fetch, into: &mut [u8]) -> Result<()>;
 
+    /// Forgets all buffers, plans and copies, so that the next buffer is the first again, and keeps what was compiled; false
+    /// where the backend does not, and must be opened anew.
+    fn clear(&mut self) -> bool {
+        false
+    }
+
     /// The two together.
     fn read(&mut self, src: Buf, offset: usize, into: &mut [u8]) -> Result<()> {
         let fetch = self.fetch(src, offset, into.len())?;

@@ -231,6 +231,15 @@ impl Backend for Wgpu {
         self.gpu.info.clone()
     }
 
+    fn clear(&mut self) -> bool {
+        self.memory = Memory::new(&self.gpu, self.tuning.most_bound);
+        self.scratch.clear();
+        self.plans.clear();
+        self.copies = Copies::default();
+        // What failed may have left more behind.
+        self.gpu.is_there().is_ok()
+    }
+
     fn supports(&self, _op: &Op) -> Result<()> {
         Ok(())
     }

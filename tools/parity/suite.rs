@@ -4,7 +4,7 @@ use quaver_backends::Spec;
 use quaver_core::Result;
 use quaver_core::checkpoint::Checkpoint;
 use quaver_core::llama::Profile;
-use quaver_core::op::DeviceInfo;
+use quaver_core::op::{Backend, DeviceInfo};
 
 use super::model::Model;
 use super::run::Ready;
@@ -108,16 +108,24 @@ impl Suite {
         };
         let (mut reports, closed): (Vec<_>, Vec<_>) =
             specs.iter().map(report).partition(|report| report.outcomes.is_empty());
+        let mut opened: Vec<Option<Box<dyn Backend>>> = reports.iter().map(|_| None).collect();
         for case in &self.cases {
-            let takers = reports.iter_mut().filter(|report| self.takes(&report.spec, &case.name));
-            let mut takers: Vec<_> = takers.collect();
+            let takers = reports.iter_mut().zip(&mut opened);
+            let mut takers: Vec<_> = takers.filter(|(report, _)| self.takes(&report.spec, &case.name)).collect();
             if takers.is_empty() {
                 continue;
             }
             on_progress(&case.name);
             let ready = Ready::new(case)?;
-            for report in &mut takers {
-                let outcome = quaver_backends::open(&report.spec).and_then(|mut device| ready.run(&mut *device));
+            for (report, open) in &mut takers {
+                // A GPU takes longer to open than to run a case.
+                let cleared = open.take().and_then(|mut device| device.clear().then_some(device));
+                let device = cleared.map_or_else(|| quaver_backends::open(&report.spec), Ok);
+                let outcome = device.and_then(|mut device| {
+                    let outcome = ready.run(&mut *device);
+                    **open = Some(device).filter(|_| outcome.is_ok());
+                    outcome
+                });
                 let failed =
                     |error: quaver_core::Error| Outcome::failed(&case.name, case.op, case.seed, error.to_string());
                 self.add(report, outcome.unwrap_or_else(failed));
