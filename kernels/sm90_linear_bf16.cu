@@ -5,5 +5,5 @@ struct Bf16 {
   template <int N> static DEVICE_FUNCTION void add(float (&d)[N], u64 a, u64 b, bool add) { wgmma_bf16(d, a, b, add); }
 };
 
-LINEAR_WGMMA(sm90_linear_bf16_64, Bf16, 64, 64, 3)
+LINEAR_WGMMA(sm90_linear_bf16_64, Bf16, 64, 64, 2)
 LINEAR_WGMMA(sm90_linear_bf16_128, Bf16, 128, 128, 1)

@@ -5,5 +5,5 @@ struct E4m3 {
   template <int N> static DEVICE_FUNCTION void add(float (&d)[N], u64 a, u64 b, bool add) { wgmma_e4m3(d, a, b, add); }
 };
 
-LINEAR_WGMMA(sm90_linear_e4m3_64, E4m3, 64, 64, 3)
+LINEAR_WGMMA(sm90_linear_e4m3_64, E4m3, 64, 64, 2)
 LINEAR_WGMMA(sm90_linear_e4m3_128, E4m3, 128, 128, 1)

@@ -278,10 +278,11 @@ impl<'a> Lower<'a> {
         let parts = self.tuning.depth_parts(tile, tiles_n * tiles_m, row_bytes.div_ceil(WGMMA_DEPTH));
         let [xs, ws] = [x, w].map(|buf| Arg::Boxes { buf, rows: tile });
         let (scratch, counters) = (Arg::Scratch(self.tuning.parts_bytes()), Arg::Counters(self.tuning.processors));
-        let (live, n, row_bytes) = (Arg::Buf(self.program.live), Arg::U32(n), Arg::U32(row_bytes));
-        let args = [live, self.axis(x), xs, ws, n, row_bytes, scratch, counters];
+        let slots = self.tuning.wgmma_slots(tile, tiles_n * tiles_m * parts);
+        let numbers = [n, row_bytes, slots].map(Arg::U32);
+        let args = [&[Arg::Buf(self.program.live), self.axis(x), xs, ws], &numbers[..], &[scratch, counters]].concat();
         let kernel = Kernel::new(file, [tiles_n, tiles_m, parts], threads, [&args[..], &operands.epilogue()].concat());
-        Kernel { entry: format!("{file}_{tile}"), shared: 4 * WGMMA_DEPTH * 2 * tile, ..kernel }
+        Kernel { entry: format!("{file}_{tile}"), shared: slots * WGMMA_DEPTH * 2 * tile, ..kernel }
     }
 
     /// Few rows of operands of one type, on tensor cores, and what is folded in (`gemv_mma.cuh`).

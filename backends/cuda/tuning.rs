@@ -76,6 +76,12 @@ impl Tuning {
         if m <= 64 || 2 * m.div_ceil(128) * n.div_ceil(128) <= self.processors { 64 } else { 128 }
     }
 
+    /// Stages that a block of `wgmma` has under way: what a multiprocessor's shared memory holds of its blocks, which are two small
+    /// ones where there are enough.
+    pub fn wgmma_slots(&self, tile: u32, blocks: u32) -> u32 {
+        if tile == 64 && blocks <= self.processors { 12 } else { 6 }
+    }
+
     /// Parts that a product of so many tiles of `tile` rows and channels is cut into along k, which is `stages` deep: enough
     /// blocks for every multiprocessor, of which each holds more than one small one. To add a part up takes as long as about
     /// ten stages, so that none has fewer than 16.
