@@ -2,9 +2,9 @@
 # Parity and speed of a machine's GPUs, from a prebuilt binary: no toolchain, no network, nothing installed.
 #   gpu-check.sh OUT [QUAVER]     OUT: a folder for the results; QUAVER: the binary, else the one beside this or on the path
 # OUT then holds report.md (to be attached to a bug report), bench.csv with every figure and its share of the floor,
-# parity-*.json, devices.json, and a log of each part. What matters most comes first: NVIDIA cards, then other GPUs, the
-# processor last; on each, whether it computes what it should, then 1B-shaped models of random weights in FP8 and in bf16
-# (4 GB in OUT meanwhile), then its matrix products beside cuBLASLt's (where Python has torch). Ends within
+# parity-*.json, devices.json, and a log of each part. What matters most comes first: whether all GPUs compute what they
+# should, then for each, NVIDIA cards before others, 1B-shaped models of random weights in FP8 and in bf16 (4 GB in OUT
+# meanwhile) and its matrix products, beside cuBLASLt's where Python has torch; the processor last. Ends within
 # GPU_CHECK_SECONDS, 600 unless set; each part has its own limit too, and is written down when it ends, so that one that
 # does not end costs no other. Fails where parity does.
 # Without NVRTC, CUDA kernels come from the folder that QUAVER_CACHE names (`quaver kernels build`).
@@ -140,15 +140,18 @@ architecture() {
 
 while read -r backend device; do
   [ -n "$backend" ] || continue
-  name=$backend-$device
   if [ "$backend" = cuda ]; then
     # So that no measurement waits for the compiler. Without NVRTC the cache has to have them.
     part 60 "kernels-$device" "$quaver" kernels build --arch "$(architecture "$device")" || true
   fi
   while read -r variant; do
-    parity 60 "$backend" "$device" "$variant"
+    parity 150 "$backend" "$device" "$variant"
   done < <(variants "$backend" "$device")
+done <<<"$gpus"
 
+while read -r backend device; do
+  [ -n "$backend" ] || continue
+  name=$backend-$device
   for scheme in fp8-channel bf16; do
     model=$out/1b-$scheme
     [ -d "$model" ] || part 60 "synth-$scheme" "$quaver" synth "$model" --shape "$shape" --scheme "$scheme" || continue
@@ -171,6 +174,11 @@ while read -r backend device; do
       compose
     fi
   done
+done <<<"$gpus"
+
+while read -r backend device; do
+  [ -n "$backend" ] || continue
+  name=$backend-$device
   if [ "$backend" = cuda ] && command -v compute-sanitizer >/dev/null; then
     small=(quantize::fp8_per_token_m17 rms_norm::fp8_per_token_m17 linear::fp8_static_m17_n48_k2048 attend::decode_m3 sample::)
     for tool in memcheck racecheck; do
