@@ -485,12 +485,18 @@ pub struct DeviceInfo {
 /// added to f32 sums every 128 products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorCores {
-    /// Bits that they keep of bf16 products; a [`Op::Linear`] of f32 or of mixed types runs without them.
+    /// Bits that they keep of bf16 products, or [`TensorCores::ALL_BITS`] where these run without them, as does a [`Op::Linear`]
+    /// of f32 or of mixed types.
     pub bf16_bits: u32,
     /// Of E4M3 products, where a [`Op::Linear`] has at least `e4m3_rows` rows; of fewer as many as of bf16 ones.
     pub e4m3_bits: u32,
     /// See `e4m3_bits`.
     pub e4m3_rows: usize,
+}
+
+impl TensorCores {
+    /// So many that nothing is lost.
+    pub const ALL_BITS: u32 = 64;
 }
 
 /// A device that runs programs. Runs, writes and copies happen in the order of the calls; only [`Backend::take`] waits.

@@ -89,7 +89,7 @@ impl Cuda {
     /// The emulator with these kernels alone, (name, source): for tests that change one.
     pub fn emulated_with(kernels: &[(&str, String)], variant: Variant, schedule: usize) -> Result<Self> {
         // One or a few by turns, so that tests see contexts and products in one part and in several, and tiles of every size.
-        let processors = if schedule % 2 == 0 { 1 } else { 8 };
+        let processors = if schedule.is_multiple_of(2) { 1 } else { 8 };
         let tuning = Tuning { variant, processors, most_splits: tuning::MOST_SPLITS, prefetched: tuning::PREFETCHED };
         let emulator = Emulator::start(&emulated::build(kernels, variant)?, variant, schedule as u64)?;
         Ok(Cuda::new(Box::new(emulator), tuning))

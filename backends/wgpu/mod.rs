@@ -23,7 +23,7 @@ use ::wgpu::{
 };
 use bytemuck::cast_slice;
 use quaver_core::bytes::Bytes;
-use quaver_core::op::{Backend, Buf, BufDesc, Copies, DeviceInfo, Fetch, Op, Plan, Program};
+use quaver_core::op::{Backend, Buf, BufDesc, Copies, DeviceInfo, Fetch, Op, Plan, Program, TensorCores};
 use quaver_core::{Error, Result};
 
 use crate::layout::{self, Layout, Layouts};
@@ -137,6 +137,12 @@ impl Wgpu {
                 "{}: decoding FP8 by integers, since this driver's f16 is not exact: slower",
                 wgpu.gpu.info.name
             );
+        }
+        if wgpu.tuning.matrix_lanes.is_some() {
+            // Sums of f16 products keep as many bits as those of bf16 ones (`kernels/emulator/emulator.cpp` has the source).
+            let e4m3_rows = tuning::MATRIX_ROWS as usize;
+            let cores = TensorCores { bf16_bits: TensorCores::ALL_BITS, e4m3_bits: 24, e4m3_rows };
+            wgpu.gpu.info.tensor_cores = Some(cores);
         }
         Ok(wgpu)
     }

@@ -75,6 +75,9 @@ pub fn variants(adapter: &Adapter) -> Vec<Variant> {
 /// (`LP_MAX_TGSI_LOOP_ITERATIONS`). The rest is for what a kernel does before and behind its long loop.
 const MESA_ROUNDS: u32 = 60_000;
 
+/// Rows from which `Linear` takes tiles through a workgroup's memory, and matrices where there are any.
+pub const MATRIX_ROWS: u32 = 9;
+
 /// How kernels are cut.
 #[derive(Clone, Debug)]
 pub struct Tuning {
@@ -176,7 +179,7 @@ impl Tuning {
     /// tenth for two, and not at all where a thread has four channels.
     pub fn linear(&self, m: u32, n: u32, k: u32, [x, w]: [DType; 2]) -> Cut {
         let rows = m.clamp(1, 8).next_power_of_two();
-        if self.subgroups && m > 8 {
+        if self.subgroups && m >= MATRIX_ROWS {
             return match self.matrix_lanes.filter(|_| [x, w] == [DType::E4m3; 2]) {
                 Some(lanes) => cut("linear_matrix", 64, 64, &[("WG", 4 * lanes)]),
                 None => cut("linear_tiled", 64, 64, &[]),
