@@ -102,13 +102,6 @@ DEVICE uint4 stream16(const void* p) {
   return v;
 }
 
-// Brings bytes to the second-level cache, where the card can copy many at once; a multiple of 16, as is the address.
-DEVICE void prefetch_l2(const void* p, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
-
 // What another block of the same kernel has written, before a fence.
 DEVICE float4 load_shared_by_blocks(const float4* p) {
   float4 v;

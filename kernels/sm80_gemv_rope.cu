@@ -1,6 +1,5 @@
 // sm80_gemv_rope: sm80_gemv and the rope_append behind it: a block has 8 channels of a head and the 8 that these rotate with.
-// At its end it brings the weights of the next two Linears to the cache: memory is idle while the rows attend. Reference:
-// reference::linear, reference::rope_append
+// Reference: reference::linear, reference::rope_append
 // grid as gemv_mma.cuh says; dim a multiple of 16.
 
 // What a thread turns its sum by, and where that goes; in shared memory while the sums need all registers.
@@ -40,22 +39,10 @@ struct Roped {
   }
 };
 
-// Bytes that a thread asks for at a time.
-#define CHUNK 1024
-
-// All blocks share them.
-DEVICE void prefetch(const u8* from, u32 bytes) {
-  for (u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * CHUNK; at < bytes; at += gridDim.x * blockDim.x * CHUNK) {
-    prefetch_l2(from + at, min((u32)CHUNK, bytes - at));
-  }
-}
-
 #define GEMV_ROPE(name, Product) \
-  KERNEL(256, BLOCKS) name(OPERANDS, u32 qkv, const u8* next, u32 next_bytes, const u8* later, u32 later_bytes, HEADS) { \
+  KERNEL(256, BLOCKS) name(OPERANDS, u32 qkv, HEADS) { \
     SHARED(Turn, turns, ROWS * CHANNELS); \
     gemv_mma<Product, DEEP / 2>(TAKEN_OPERANDS, Roped{TAKEN_HEADS, qkv, turns}); \
-    prefetch(next, next_bytes); \
-    prefetch(later, later_bytes); \
   } \
   ENTRY(name)
 

@@ -367,7 +367,9 @@ fn the_memory_plan_counts_what_a_device_takes_beside_the_buffers() {
     let plan = |device| MemoryPlan::new(&tiny.checkpoint, &options, device).unwrap();
     let (bare, whole) = (plan(None), plan(Some(&*cuda)));
     // Of what ops need one after the other, the most: what `Sample` drafts of each row whose logits are wanted.
-    assert_eq!(whole.scratch - bare.scratch, whole.sizes.wanted * 38968);
+    // Counters of blocks come on top, a word for each of 8 multiprocessors at most.
+    let more = whole.scratch - bare.scratch - whole.sizes.wanted * 38968;
+    assert!(more <= 4 * 8, "{more} bytes more");
     assert!(bare.fits(bare.total() as u64).is_ok());
     let error = whole.fits(bare.total() as u64).unwrap_err();
     assert!(error.to_string().contains(&format!("{} bytes", whole.total())), "{error}");

@@ -8,7 +8,7 @@ use quaver_core::{Error, Result};
 use super::compiler::Compiler;
 use super::device::{BOX_WIDTH, Device, Launch, Matrix};
 use super::sys::{self, Blocks, Function, Graph, Module, Properties, Readback};
-use super::tuning::{MOST_SPLITS, PREFETCHED, Tuning, Variant};
+use super::tuning::{MOST_SPLITS, Tuning, Variant};
 
 /// What the backend is called.
 pub const NAME: &str = "cuda";
@@ -113,8 +113,7 @@ impl Card {
         let (free, total) = opened.memory().map_err(fail)?;
         // What others have taken counts.
         let budget = ((total as f64 * share) as u64).saturating_sub(total - free);
-        let tuning =
-            Tuning { variant, processors: properties.processors, most_splits: MOST_SPLITS, prefetched: PREFETCHED };
+        let tuning = Tuning { variant, processors: properties.processors, most_splits: MOST_SPLITS };
         let card = Card {
             info,
             card: opened,

@@ -24,7 +24,7 @@ pub struct Kernel {
 pub enum Arg {
     /// The address of a buffer.
     Buf(Buf),
-    /// The address of so many bytes between two kernels of one op.
+    /// The address of so many bytes between the blocks and the kernels of one op.
     Scratch(u64),
     /// The address of so many words that are zero before and after each kernel.
     Counters(u32),

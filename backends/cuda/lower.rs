@@ -52,14 +52,6 @@ struct Lower<'a> {
     tuning: &'a Tuning,
 }
 
-/// An op that is folded into the Linear before it.
-#[derive(Clone, Copy)]
-struct Fold<'a> {
-    op: &'a Op,
-    /// See [`Lower::ahead`].
-    ahead: [Arg; 4],
-}
-
 /// What a Linear reads and writes, taken apart.
 struct Operands {
     x: Buf,
@@ -83,7 +75,7 @@ impl Operands {
 
 impl<'a> Lower<'a> {
     /// The kernels of a line, with the op of the next one where it is folded in; or why they cannot be run.
-    fn line(&self, op: &Op, fold: Option<Fold>) -> Result<Vec<Kernel>, String> {
+    fn line(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
         // Kernels read and write rows as vectors, which a single column of f32 is not (`layout.rs`).
         let rows = match *op {
             Op::RmsNorm { x, out, .. } | Op::Quantize { x, out } => vec![x, out.bufs()[0]],
@@ -107,29 +99,14 @@ impl<'a> Lower<'a> {
     }
 
     /// The op of the line behind line `i`, where the kernel of that line does both.
-    fn fold(&self, i: usize) -> Option<Fold<'a>> {
-        let op = fold::behind(self.program, self.layouts, i)?;
+    fn fold(&self, i: usize) -> Option<&'a Op> {
+        let next = fold::behind(self.program, self.layouts, i)?;
         let Op::Linear { x, w, out, .. } = self.program.lines[i].op else { return None };
         let is_streamed = self.rows(out.buf) <= GEMV_ROWS && self.gemv_type(x.bufs()[0], w.bufs()[0]).is_some();
-        is_streamed.then(|| Fold { op, ahead: self.ahead(i) })
+        is_streamed.then_some(next)
     }
 
-    /// The weights of the next two Linears behind line `i`, and how many of their bytes the cache holds beside what is in use.
-    fn ahead(&self, i: usize) -> [Arg; 4] {
-        let weights = self.program.lines[i + 1..].iter().filter_map(|line| match line.op {
-            Op::Linear { w, .. } => Some(w.bufs()[0]),
-            _ => None,
-        });
-        let mut left = self.tuning.prefetched;
-        let mut args = weights.flat_map(|w| {
-            let bytes = left.min(self.layout(w).part_bytes(0)) / 16 * 16;
-            left -= bytes;
-            [Arg::Buf(w), Arg::U32(bytes as u32)]
-        });
-        std::array::from_fn(|i| args.next().unwrap_or([Arg::Null, Arg::U32(0)][i % 2]))
-    }
-
-    fn op(&self, op: &Op, fold: Option<Fold>) -> Result<Vec<Kernel>, String> {
+    fn op(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
         let live = Arg::Buf(self.program.live);
         Ok(match *op {
             Op::Embed { ids, sampled, table, out } => {
@@ -234,7 +211,7 @@ impl<'a> Lower<'a> {
         Kernel { grid: [rows, blocks, 1], threads, ..kernel }
     }
 
-    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool, fold: Option<Fold>) -> Kernel {
+    fn linear(&self, x: Act, w: Weight, out: Cols, add: bool, fold: Option<&Op>) -> Kernel {
         let (x, static_scale, token_scales) = match x {
             Act::Real(data) => (data, 1.0, Arg::Null),
             Act::Fp8 { codes, scale: Scale::Static(scale) } => (codes, scale.scale, Arg::Null),
@@ -309,18 +286,18 @@ impl<'a> Lower<'a> {
     }
 
     /// Few rows of operands of one type, on tensor cores, and what is folded in (`gemv_mma.cuh`).
-    fn gemv_mma(&self, name: &str, operands: &Operands, fold: Option<Fold>) -> Kernel {
+    fn gemv_mma(&self, name: &str, operands: &Operands, fold: Option<&Op>) -> Kernel {
         let &Operands { x, w, n, out: [_, between, ..], .. } = operands;
         let row_bytes = Arg::U32(self.layout(w).stride as u32);
         let args = [Arg::Buf(self.program.live), self.axis(x), Arg::Buf(x), Arg::Buf(w), Arg::U32(n), row_bytes];
         let (file, more) = match fold {
-            Some(Fold { op: &Op::SwiGlu { out, .. }, .. }) => {
+            Some(&Op::SwiGlu { out, .. }) => {
                 let inv = if let Act::Fp8 { scale: Scale::Static(scale), .. } = out { scale.inv } else { 1.0 };
                 let data = out.bufs()[0];
                 ("sm80_gemv_gated", vec![Arg::Buf(data), self.code(data), Arg::F32(inv), between])
             }
-            Some(Fold { op: &Op::RopeAppend { rope, rows, heads, q, kv, .. }, ahead }) => {
-                ("sm80_gemv_rope", [&[between], &ahead[..], &self.heads(rope, rows, heads, q, kv)].concat())
+            Some(&Op::RopeAppend { rope, rows, heads, q, kv, .. }) => {
+                ("sm80_gemv_rope", [vec![between], self.heads(rope, rows, heads, q, kv)].concat())
             }
             _ => ("sm80_gemv", operands.out.to_vec()),
         };
@@ -472,7 +449,7 @@ mod tests {
     use quaver_core::op::{BufDesc, StaticScale};
 
     use super::*;
-    use crate::cuda::tuning::{MOST_SPLITS, PREFETCHED, Variant};
+    use crate::cuda::tuning::{MOST_SPLITS, Variant};
 
     /// The entry point of a Linear of `m` rows, 256 channels and k = 512.
     fn linear(variant: Variant, m: usize, x: DType, w: DType) -> String {
@@ -492,7 +469,7 @@ mod tests {
             out: Cols { buf: out, first: 0 },
             add: false,
         };
-        let tuning = Tuning { variant, processors: 132, most_splits: MOST_SPLITS, prefetched: PREFETCHED };
+        let tuning = Tuning { variant, processors: 132, most_splits: MOST_SPLITS };
         let mut program = Program::new(m, 0, live);
         program.push("linear", op);
         let kernels = lower(&program, &layouts, &tuning).unwrap();

@@ -41,7 +41,7 @@ pub struct Cuda {
     device: Box<dyn Device>,
     tuning: Tuning,
     memory: Memory,
-    /// Between two kernels of one op, shared by the plans that it was large enough for; (address, bytes) of the last one,
+    /// Between the blocks and the kernels of one op, shared by the plans that it was large enough for; (address, bytes) of the last one,
     /// which is the largest.
     scratch: (u64, u64),
     /// Words that blocks of one kernel count each other with, once there are any; zero between kernels.
@@ -90,7 +90,7 @@ impl Cuda {
     pub fn emulated_with(kernels: &[(&str, String)], variant: Variant, schedule: usize) -> Result<Self> {
         // One or a few by turns, so that tests see contexts and products in one part and in several, and tiles of every size.
         let processors = if schedule.is_multiple_of(2) { 1 } else { 8 };
-        let tuning = Tuning { variant, processors, most_splits: tuning::MOST_SPLITS, prefetched: tuning::PREFETCHED };
+        let tuning = Tuning { variant, processors, most_splits: tuning::MOST_SPLITS };
         let emulator = Emulator::start(&emulated::build(kernels, variant)?, variant, schedule as u64)?;
         Ok(Cuda::new(Box::new(emulator), tuning))
     }
@@ -142,6 +142,12 @@ impl Cuda {
     }
 }
 
+/// Bytes of scratch that the one of these kernels needs which needs most.
+fn most_scratch(kernels: &[Kernel]) -> u64 {
+    let args = kernels.iter().flat_map(|kernel| &kernel.args);
+    args.map(|arg| if let Arg::Scratch(bytes) = arg { *bytes } else { 0 }).max().unwrap_or(0)
+}
+
 impl Backend for Cuda {
     fn describe(&self) -> DeviceInfo {
         self.device.info().clone()
@@ -161,8 +167,9 @@ impl Backend for Cuda {
             layouts.push(Layout::new(desc, u64::MAX >> 1));
         }
         let kernels = lower::lower(program, &layouts, &self.tuning)?;
-        let args = kernels.iter().flat_map(|kernel| &kernel.args);
-        Ok(args.map(|arg| if let Arg::Scratch(bytes) = arg { *bytes } else { 0 }).max().unwrap_or(0))
+        let of_own = kernels.iter().flat_map(|kernel| &kernel.args);
+        let counters = of_own.map(|arg| if let Arg::Counters(words) = arg { 4 * u64::from(*words) } else { 0 });
+        Ok(most_scratch(&kernels) + counters.max().unwrap_or(0))
     }
 
     fn alloc(&mut self, desc: &BufDesc) -> Result<Buf> {
@@ -186,6 +193,8 @@ impl Backend for Cuda {
             }
         }
         let kernels = lower::lower(program, &self.memory.layouts, &self.tuning)?;
+        // At once, as what is allocated is never freed.
+        self.scratch(most_scratch(&kernels))?;
         let launches = kernels.into_iter().map(|kernel| self.launch(kernel)).collect::<Result<_>>()?;
         let spans = program.lines.iter().filter_map(|line| match line.op {
             Op::Attend { rows, .. } => Some(self.memory.layouts.desc(rows.spans).rows.capacity() as u32),

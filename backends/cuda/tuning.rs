@@ -55,16 +55,10 @@ pub struct Tuning {
     pub processors: u32,
     /// Parts that a row's context is split into, at most. 1 makes sums independent of how a prompt was cut into steps.
     pub most_splits: u32,
-    /// Bytes of weights that are brought to the cache ahead of their use, at most.
-    pub prefetched: u64,
 }
 
 /// See [`Tuning::most_splits`].
 pub const MOST_SPLITS: u32 = 64;
-
-/// See [`Tuning::prefetched`]: what an H100's memory gives while a row attends to a short context; its second-level cache holds
-/// twice as much.
-pub const PREFETCHED: u64 = 24 << 20;
 
 /// Rows up to which a Linear streams its weights through registers.
 pub const GEMV_ROWS: u32 = 8;

@@ -176,11 +176,6 @@ DEVICE float exp2_approx(float x) {
   if (x == 0.0f || !(y < 1e38f)) return y;
   return __uint_as_float(__float_as_uint(y) + (__float_as_uint(x) * 0x9e3779b1u >> 16) % 5 - 2);
 }
-// What is brought must be there.
-DEVICE void prefetch_l2(const void* p, u32 bytes) {
-  if ((uintptr_t)p % 16 || bytes % 16) emulator::fail("a prefetch is not aligned");
-  (void)*(const volatile u8*)p, (void)((const volatile u8*)p)[bytes - 1];
-}
 DEVICE float4 load_shared_by_blocks(const float4* p) { return *p; }
 DEVICE uint4 stream16(const void* p) { return *(const uint4*)p; }
 

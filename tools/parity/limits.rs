@@ -58,8 +58,9 @@ pub struct Limit {
     pub bias: f64,
 }
 
-/// The products of a sum of tensor cores, and how often it is taken up again at most: by instructions of 8 products.
-const PROMOTED: (usize, usize) = (128, 16);
+/// How often a sum of tensor cores is taken up again at most until it is promoted: by 128 products in instructions of 8, by 256
+/// of E4M3 in instructions of 16 where rows are few.
+const SUMS: usize = 16;
 
 /// What a sum of tensor cores with so many bits behind the leading one may lose, relative to it.
 ///
@@ -68,18 +69,19 @@ const PROMOTED: (usize, usize) = (128, 16);
 /// Products of either sign lose as much one way as the other, while sums of one sign lose half of that each time, up to 48
 /// times until they are promoted. Both follow from the model of `emulator.cpp`. An H100's sums of 8192 E4M3 products of one
 /// sign were 2^-10.5 too small (2026-11-26), which is what the model gives of a fifth as many losses.
-fn tensor_core_limit(bits: u32) -> Limit {
+fn tensor_core_limit((bits, products): (u32, usize)) -> Limit {
     let bit = 0.5f64.powi(bits as i32);
-    let (products, sums) = PROMOTED;
-    Limit { element: (products + 2 * sums) as f64 * bit, rms: bit, bias: 32.0 * bit }
+    Limit { element: (products + 2 * SUMS) as f64 * bit, rms: bit, bias: 32.0 * bit }
 }
 
-/// The bits that a device's tensor cores keep of a Linear; None where it runs without them.
-fn tensor_bits(device: &DeviceInfo, rows: usize, dtypes: [DType; 2]) -> Option<u32> {
+/// The bits that a device's tensor cores keep of a Linear, and how many products they sum before they are promoted; None where
+/// it runs without them.
+fn tensor_sums(device: &DeviceInfo, rows: usize, dtypes: [DType; 2]) -> Option<(u32, usize)> {
     let cores = device.tensor_cores?;
     match dtypes {
-        [DType::E4m3, DType::E4m3] if rows >= cores.e4m3_rows => Some(cores.e4m3_bits),
-        [DType::E4m3, DType::E4m3] | [DType::Bf16, DType::Bf16] => Some(cores.bf16_bits),
+        [DType::E4m3, DType::E4m3] if rows >= cores.e4m3_rows => Some((cores.e4m3_bits, 128)),
+        [DType::E4m3, DType::E4m3] => Some((cores.bf16_bits, 256)),
+        [DType::Bf16, DType::Bf16] => Some((cores.bf16_bits, 128)),
         _ => None,
     }
 }
@@ -95,7 +97,7 @@ pub fn limit(device: &DeviceInfo, work: Work) -> Limit {
         // cores leave fewer sums to add in f32, but lose on the way to them.
         (_, Work::Linear { rows, k, dtypes }) => {
             let (f32, lost) =
-                (of((k / 8) as f64 + 16.0, 2.0), tensor_bits(device, rows, dtypes).map(tensor_core_limit));
+                (of((k / 8) as f64 + 16.0, 2.0), tensor_sums(device, rows, dtypes).map(tensor_core_limit));
             lost.map_or(f32, |lost| Limit {
                 element: f32.element + lost.element,
                 rms: f32.rms + lost.rms,

@@ -131,6 +131,7 @@ impl Suite {
                 self.add(report, outcome.unwrap_or_else(failed));
             }
         }
+        drop(opened);
         self.run_model(&mut reports, on_progress)?;
         reports.extend(closed);
         Ok(reports)
