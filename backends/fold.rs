@@ -7,9 +7,25 @@ use crate::layout::Layouts;
 /// Gate and up, and heads, must be multiples of so many channels: kernels that fold ops take channels in blocks.
 const BLOCK: usize = 16;
 
+/// The lines of a program that are lowered, each with the op of the next where its kernel does both: where it can, and `does`
+/// says so of the `Linear`.
+pub fn lines<'a>(
+    program: &'a Program,
+    layouts: &Layouts,
+    does: impl Fn(&Op) -> bool,
+) -> Vec<(&'a Line, Option<&'a Op>)> {
+    let (mut lines, mut i) = (Vec::new(), 0);
+    while let Some(line) = program.lines.get(i) {
+        let fold = behind(program, layouts, i).filter(|_| does(&line.op));
+        lines.push((line, fold));
+        i += 1 + usize::from(fold.is_some());
+    }
+    lines
+}
+
 /// The op of the line behind line `i`, where that line is a `Linear`, and the next takes whole heads, or gate and up, from a
 /// buffer that is between the two alone.
-pub fn behind<'a>(program: &'a Program, layouts: &Layouts, i: usize) -> Option<&'a Op> {
+fn behind<'a>(program: &'a Program, layouts: &Layouts, i: usize) -> Option<&'a Op> {
     let [Line { op: linear, .. }, Line { op: next, .. }] = program.lines.get(i..i + 2)? else { return None };
     let Op::Linear { out: Cols { buf, .. }, .. } = *linear else { return None };
     let width = match *next {

@@ -40,8 +40,8 @@ DEVICE void merge(float (&y)[N], const float* own, u32 count, u32 dim, u32 d, fl
   for (int i = 0; i < N; i++) y[i] = sums[i] * v_scale / norm;
 }
 
-KERNEL(256, 1) attend_merge(const u32* live, u32 axis, void* out, float* out_scale, float inv, u32 dtype, u32 cols,
-                             const float* parts, u32 dim, u32 splits, float v_scale) {
+KERNEL(512, 1) attend_merge(const u32* live, u32 axis, void* out, float* out_scale, float inv, u32 dtype, u32 cols,
+                            const float* parts, u32 dim, u32 splits, float v_scale) {
   SHARED(float, scratch, 32);
   dependency_wait();
   u32 row = blockIdx.x, head_size = splits * (dim + PART_TAIL);

@@ -24,9 +24,9 @@ DEVICE float rotate(float x, float other, float cosine, float sine, bool is_low)
 }
 
 // Where a row of a cache begins for the heads behind those of q, first those of k, then those of v, and its reciprocal scale.
-struct Slot { void* cache; size_t first; float inv; };
+struct CacheRow { void* cache; size_t first; float inv; };
 
-DEVICE Slot find_slot(const Heads& h, u32 page, u32 at, u32 head) {
+DEVICE CacheRow find_cache_row(const Heads& h, u32 page, u32 at, u32 head) {
   bool is_k = head < h.kv_heads;
   size_t row = kv_row(page, is_k ? head : head - h.kv_heads, at, h.kv_heads, h.page_tokens);
   float inv = h.cache != E4M3 ? 1.0f : is_k ? h.k_inv : h.v_inv;

@@ -51,7 +51,7 @@ pub const KERNELS: &[Kernel] = &[
     kernel!("rope_append", "paging", "heads"; TARGETS),
     kernel!("sample", "math", "reduce", "philox"; TARGETS),
     kernel!("sm80_attend", "math", "paging"; TARGETS),
-    kernel!("sm80_gemv", "epilogue", "gemv_mma"; TARGETS),
+    kernel!("sm80_gemv", "gemv_mma"; TARGETS),
     kernel!("sm80_gemv_gated", "math", "gemv_mma"; TARGETS),
     kernel!("sm80_gemv_rope", "paging", "heads", "gemv_mma"; TARGETS),
     kernel!("sm80_linear", "epilogue", "linear_mma"; TARGETS),

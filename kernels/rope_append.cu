@@ -36,10 +36,10 @@ KERNEL(256, 1) rope_append(const u32* live, const void* qkv, u32 in, HEADS) {
         if (first + i < dim) store1(q, in, (size_t)row * padded(q_heads * dim) + head * dim + first + i, y.x[i]);
       }
     } else {
-      Slot slot = find_slot(h, page, at, head - q_heads);
+      CacheRow to = find_cache_row(h, page, at, head - q_heads);
 #pragma unroll
-      for (int i = 0; i < 4; i++) y.x[i] *= slot.inv;
-      store4(slot.cache, cache, slot.first + first, y);
+      for (int i = 0; i < 4; i++) y.x[i] *= to.inv;
+      store4(to.cache, cache, to.first + first, y);
     }
   }
 }

@@ -2,24 +2,23 @@
 // grid as gemv_mma.cuh says.
 
 struct Stored {
-  u32 first_channel;
-  Epilogue e;
+  void* out;  // as in epilogue.cuh
+  u32 dtype, stride, first, add;
   float residual;
 
-  DEVICE_FUNCTION u32 channel(u32 i) const { return first_channel + i; }
-  DEVICE_FUNCTION size_t at(u32 row, u32 i) const { return (size_t)row * e.stride + e.first + channel(i); }
+  DEVICE_FUNCTION u32 channel(u32 i) const { return blockIdx.x * CHANNELS + i; }
+  DEVICE_FUNCTION size_t at(u32 row, u32 i) const { return (size_t)row * stride + first + channel(i); }
   DEVICE_FUNCTION void begin(u32 row, u32 i, bool is_mine) {
-    residual = is_mine && e.add ? ((const float*)e.out)[at(row, i)] : 0.0f;
+    residual = is_mine && add ? ((const float*)out)[at(row, i)] : 0.0f;
   }
   DEVICE_FUNCTION void finish(u32 row, u32 i, bool is_mine, float y) const {
-    if (is_mine) store1(e.out, e.dtype, at(row, i), e.add ? y + residual : y);
+    if (is_mine) store1(out, dtype, at(row, i), add ? y + residual : y);
   }
 };
 
 #define GEMV(name, Product) \
   KERNEL(256, BLOCKS) name(OPERANDS, void* out, u32 out_type, u32 stride, u32 first, u32 add) { \
-    Epilogue e = {out, out_type, stride, first, add, x_scale, x_scales, w_scales}; \
-    gemv_mma<Product, DEEP>(TAKEN_OPERANDS, Stored{blockIdx.x * CHANNELS, e, 0.0f}); \
+    gemv_mma<Product, DEEP>(TAKEN_OPERANDS, Stored{out, out_type, stride, first, add, 0.0f}); \
   } \
   ENTRY(name)
 

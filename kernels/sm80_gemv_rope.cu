@@ -33,8 +33,8 @@ struct Roped {
     if (head() < heads.q_heads) {
       store1(heads.q, qkv, (size_t)row * padded(heads.q_heads * heads.dim) + channel(i), x);
     } else {
-      Slot slot = find_slot(heads, turn.page, turn.at, head() - heads.q_heads);
-      store_any1(slot.cache, heads.cache, slot.first + column(i), x * slot.inv);
+      CacheRow to = find_cache_row(heads, turn.page, turn.at, head() - heads.q_heads);
+      store_any1(to.cache, heads.cache, to.first + column(i), x * to.inv);
     }
   }
 };

@@ -32,14 +32,7 @@ const MOST_BLOCKS: u32 = 65535;
 pub fn lower(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
     let lower = Lower { program, layouts, tuning };
     let mut kernels = Vec::new();
-    let mut is_folded = false;
-    for (i, line) in program.lines.iter().enumerate() {
-        if is_folded {
-            is_folded = false;
-            continue;
-        }
-        let fold = lower.fold(i);
-        is_folded = fold.is_some();
+    for (line, fold) in fold::lines(program, layouts, |op| lower.folds(op)) {
         let unsupported = |why| Error::Unsupported { backend: NAME.into(), op: line.label.clone(), why };
         kernels.extend(lower.line(&line.op, fold).map_err(unsupported)?);
     }
@@ -73,7 +66,7 @@ impl Operands {
     }
 }
 
-impl<'a> Lower<'a> {
+impl Lower<'_> {
     /// The kernels of a line, with the op of the next one where it is folded in; or why they cannot be run.
     fn line(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
         // Kernels read and write rows as vectors, which a single column of f32 is not (`layout.rs`).
@@ -98,12 +91,10 @@ impl<'a> Lower<'a> {
         Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
     }
 
-    /// The op of the line behind line `i`, where the kernel of that line does both.
-    fn fold(&self, i: usize) -> Option<&'a Op> {
-        let next = fold::behind(self.program, self.layouts, i)?;
-        let Op::Linear { x, w, out, .. } = self.program.lines[i].op else { return None };
-        let is_streamed = self.rows(out.buf) <= GEMV_ROWS && self.gemv_type(x.bufs()[0], w.bufs()[0]).is_some();
-        is_streamed.then_some(next)
+    /// Whether the kernel of a Linear can do the next op too.
+    fn folds(&self, op: &Op) -> bool {
+        let Op::Linear { x, w, out, .. } = *op else { return false };
+        self.rows(out.buf) <= GEMV_ROWS && self.gemv_type(x.bufs()[0], w.bufs()[0]).is_some()
     }
 
     fn op(&self, op: &Op, fold: Option<&Op>) -> Result<Vec<Kernel>, String> {
@@ -131,9 +122,7 @@ impl<'a> Lower<'a> {
                 let args = [live, Arg::Buf(wanted), Arg::Buf(x), Arg::Buf(out), self.columns(out)];
                 vec![Kernel::new("gather", [self.rows(out), 1, 1], 256, args)]
             }
-            Op::Sample { logits, params, mask, history, out } => {
-                self.sample(logits, [logits, params, mask, history].map(Arg::Buf), out)
-            }
+            Op::Sample { logits, params, mask, history, out } => self.sample([logits, params, mask, history], out),
             Op::CopyPages { kv, page_rows, pairs } => {
                 let vectors = (page_rows * self.layout(kv.k).stride / 16) as u32;
                 let count = self.layouts.desc(pairs).rows.capacity() as u32;
@@ -272,6 +261,7 @@ impl<'a> Lower<'a> {
     fn wgmma(&self, file: &'static str, operands: &Operands) -> Kernel {
         let &Operands { x, w, m, n, .. } = operands;
         let tile = self.tuning.wgmma_tile(m, n);
+        // WGMMA_THREADS.
         let threads = if tile == 64 { 160 } else { 384 };
         let row_bytes = self.layout(w).stride as u32;
         let [tiles_n, tiles_m] = [n, m].map(|size| size.div_ceil(tile));
@@ -364,7 +354,8 @@ impl<'a> Lower<'a> {
     }
 
     /// `inputs` are the buffers of a Sample in its order, but for the results.
-    fn sample(&self, logits: Buf, inputs: [Arg; 4], out: Buf) -> Vec<Kernel> {
+    fn sample(&self, inputs: [Buf; 4], out: Buf) -> Vec<Kernel> {
+        let (logits, inputs) = (inputs[0], inputs.map(Arg::Buf));
         let (rows, vocab) = (self.rows(out), self.cols(logits));
         let most = self.layouts.desc(out).rows.capacity().max(rows as usize);
         let drafts = Arg::Scratch(DRAFT_BYTES * most as u64);
@@ -440,7 +431,18 @@ impl<'a> Lower<'a> {
             Kernel { shared, ..Kernel::new("attend", grid, 128, args) }
         };
         let merge = [parts, dim_arg, Arg::U32(splits), Arg::F32(v_scale)];
-        Ok(vec![attend, self.spread(self.rows_kernel("attend_merge", q, out, &merge), out)])
+        let merge = self.rows_kernel("attend_merge", q, out, &merge);
+        Ok(vec![
+            attend,
+            match out {
+                // What a thread has merged it keeps, four columns of it, while the row's scale is found.
+                Act::Fp8 { scale: Scale::PerToken(_), .. } => {
+                    let threads = ((q_heads * dim).div_ceil(4) as u32).next_multiple_of(32).min(512);
+                    Kernel { threads, ..merge }
+                }
+                _ => self.spread(merge, out),
+            },
+        ])
     }
 }
 

@@ -79,12 +79,13 @@ impl Tuning {
     /// Stages that a block of `wgmma` has under way: what a multiprocessor's shared memory holds of its blocks, which are two small
     /// ones where there are enough.
     pub fn wgmma_slots(&self, tile: u32, blocks: u32) -> u32 {
+        // MOST_SLOTS, or half of them.
         if tile == 64 && blocks <= self.processors { 12 } else { 6 }
     }
 
     /// Parts that a product of so many tiles of `tile` rows and channels is cut into along k, which is `stages` deep: enough
-    /// blocks for every multiprocessor, of which each holds more than one small one. To add a part up takes as long as about
-    /// ten stages, so that none has fewer than 16.
+    /// blocks for every multiprocessor, of which each holds more than one small one. None has fewer than 16: so many took 7.2 us
+    /// whole on an H100, and 9.5 in four parts (`o_proj` of 64 rows).
     pub fn depth_parts(&self, tile: u32, tiles: u32, stages: u32) -> u32 {
         let blocks = self.processors * if tile == 64 { 2 } else { 1 };
         (blocks / tiles.max(1)).min(stages / 16).max(1)

@@ -1,6 +1,6 @@
 //! From ops to kernels: which shader, which constants, which buffers, how many workgroups.
 
-use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Op, Program, Rows, Scale, Weight};
+use quaver_core::op::{Act, Buf, Cols, DType, Extent, Heads, Kv, Line, Op, Program, Rows, Scale, Weight};
 use quaver_core::{Error, Result};
 
 use super::adapter;
@@ -12,20 +12,16 @@ use crate::fold;
 /// The kernels of a program that `Program::check` has seen.
 pub fn program(program: &Program, layouts: &Layouts, tuning: &Tuning) -> Result<Vec<Kernel>> {
     let lower = Lower { program, layouts, tuning };
-    let mut kernels = Vec::new();
-    let mut is_folded = false;
-    for (i, line) in program.lines.iter().enumerate() {
-        let unsupported = |why| Error::Unsupported { backend: adapter::NAME.into(), op: line.label.clone(), why };
+    let unsupported =
+        |line: &Line, why| Error::Unsupported { backend: adapter::NAME.into(), op: line.label.clone(), why };
+    for line in &program.lines {
         for buf in line.op.reads().into_iter().chain(line.op.writes()) {
-            lower.whole(&line.op, buf).map_err(unsupported)?;
+            lower.whole(&line.op, buf).map_err(|why| unsupported(line, why))?;
         }
-        if is_folded {
-            is_folded = false;
-            continue;
-        }
-        let fold = lower.fold(i);
-        is_folded = fold.is_some();
-        kernels.extend(lower.line(&line.op, fold).map_err(unsupported)?);
+    }
+    let mut kernels = Vec::new();
+    for (line, fold) in fold::lines(program, layouts, |op| lower.folds(op)) {
+        kernels.extend(lower.line(&line.op, fold).map_err(|why| unsupported(line, why))?);
     }
     Ok(kernels)
 }
@@ -90,13 +86,12 @@ impl<'a> Lower<'a> {
         Ok(kernels.into_iter().filter(|kernel| !kernel.grid.contains(&0)).collect())
     }
 
-    /// The op of the line behind line `i`, where the kernel of that line does both.
-    fn fold(&self, i: usize) -> Option<&'a Op> {
-        let next = fold::behind(self.program, self.layouts, i)?;
-        let Op::Linear { x, w, out: Cols { buf, .. }, .. } = self.program.lines[i].op else { return None };
+    /// Whether the kernel of a Linear can do the next op too.
+    fn folds(&self, op: &Op) -> bool {
+        let Op::Linear { x, w, out: Cols { buf, .. }, .. } = *op else { return false };
         let cut = self.tuning.linear(self.rows(buf), self.cols(buf), self.cols(w.bufs()[0]), self.dtypes(x, w));
         let is_one_part = self.layout(w.bufs()[0]).parts.len() == 1;
-        (cut.shader == "linear_wide" && is_one_part).then_some(next)
+        cut.shader == "linear_wide" && is_one_part
     }
 
     /// Only the tables of `Embed` and the weights of `Linear` may be in several parts.

@@ -68,7 +68,7 @@ const SUMS: usize = 16;
 /// the sum of |x||w|; the new sum loses 2^-bits of itself. Hence the limit of an element, over a sum that is promoted in time.
 /// Products of either sign lose as much one way as the other, while sums of one sign lose half of that each time, up to 48
 /// times until they are promoted. Both follow from the model of `emulator.cpp`. An H100's sums of 8192 E4M3 products of one
-/// sign were 2^-10.5 too small (2026-11-26), which is what the model gives of a fifth as many losses.
+/// sign were 2^-10.5 too small (2026-11-26), a sixth of `bias`.
 fn tensor_core_limit((bits, products): (u32, usize)) -> Limit {
     let bit = 0.5f64.powi(bits as i32);
     Limit { element: (products + 2 * SUMS) as f64 * bit, rms: bit, bias: 32.0 * bit }
